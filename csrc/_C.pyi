@@ -1,0 +1,54 @@
+"""tokenmill's host core (csrc/). Bad input raises ValueError; a type or integer range that does not fit, TypeError."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:
+    """Philox4x32-10 of a counter of four 32-bit words and a key of two: four 32-bit words."""
+
+def neftune_uniform(
+    seed: int, step: int, document_id: int, position: int, count: int, dim: int
+) -> NDArray[np.float32]:
+    """(count, dim) float32 in (-1, 1): NEFTune's noise, unscaled, for rows `position` to `position + count` of a
+    document."""
+
+def derive_key(seed: int, source: int, epoch: int) -> int:
+    """The 64-bit key of a source's order in an epoch."""
+
+def permute(index: int, n: int, key: int) -> int:
+    """Where the keyed bijection of [0, n) sends `index`."""
+
+def permutation(n: int, key: int, start: int, count: int) -> NDArray[np.uint64]:
+    """(count,) uint64: where the keyed bijection of [0, n) sends `start` to `start + count`."""
+
+def pack(lengths: ArrayLike, capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Best-fit-decreasing packing of (n,) lengths, each from 1 to `capacity`, which is at most 2**28.
+
+    Returns offsets (K + 1,) int64 and items (n,) int64: pack k holds `items[offsets[k]:offsets[k + 1]]`, increasing.
+    """
+
+class Mixture:
+    """Which of m weighted sources each sample comes from; at every prefix counts are within 1 of the exact shares."""
+
+    def __init__(self, weights: ArrayLike) -> None:
+        """`weights` (m,) float64, positive."""
+
+    def draw(self, start: int, count: int) -> tuple[NDArray[np.uint16], NDArray[np.uint64]]:
+        """Samples `start` to `start + count`: the source of each (count,) uint16, and how many samples of that source
+        came before it (count,) uint64. A pure function of its arguments; going on from the last call is the cheap way.
+        """
+
+def assemble(
+    tokens: Sequence[NDArray[np.uint16] | NDArray[np.uint32]],
+    silent: Sequence[NDArray[np.uint64]],
+    shard: ArrayLike,
+    start: ArrayLike,
+    length: ArrayLike,
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]:
+    """Documents (or parts) gathered from shards: part i is `tokens[shard[i]][start[i]:start[i] + length[i]]`.
+
+    `silent[s]` (S, 2) uint64 are the spans of shard s that carry no loss, sorted and not overlapping. Returns tokens,
+    targets, weights and positions, (T,) each, and cu_seqlens (P + 1,), as `Batch.from_documents` would.
+    """

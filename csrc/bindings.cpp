@@ -1,2 +1,138 @@
+// The table of contents of tokenmill._C: every function that Python sees. Types and shapes stand in _C.pyi.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-PYBIND11_MODULE(_C, m) { m.doc() = "tokenmill's host core"; }
+#include <pybind11/stl.h>
+
+#include "assemble.hpp"
+#include "mixture.hpp"
+#include "packing.hpp"
+#include "permutation.hpp"
+#include "philox.hpp"
+
+namespace py = pybind11;
+using namespace tokenmill;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+using Int64s = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
+using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
+
+template <class T, int Flags>
+std::span<const T> view(const py::array_t<T, Flags>& array) {
+  return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+py::array_t<float> make_neftune_uniform(std::uint64_t seed, std::uint64_t step, std::int64_t document_id,
+                                        std::uint32_t position, std::int64_t count, std::int64_t dim) {
+  if (count < 0 || dim < 0) throw std::invalid_argument("count and dim must not be negative");
+  py::array_t<float> out({count, dim});
+  float* data = out.mutable_data();
+  py::gil_scoped_release release;
+  neftune_uniform(seed, step, document_id, position, count, dim, data);
+  return out;
+}
+
+py::array_t<std::uint64_t> make_permutation(std::uint64_t n, std::uint64_t key, std::uint64_t start,
+                                            std::uint64_t count) {
+  const Permutation permutation(n, key);
+  if (count > n) throw std::invalid_argument("count " + std::to_string(count) + " is above n = " + std::to_string(n));
+  py::array_t<std::uint64_t> out(count);
+  std::uint64_t* data = out.mutable_data();
+  py::gil_scoped_release release;
+  permutation.fill(start, count, data);
+  return out;
+}
+
+template <class T>
+py::array_t<T> to_array(const std::vector<T>& values) {
+  return py::array_t<T>(values.size(), values.data());
+}
+
+py::tuple make_packs(const Int64s& lengths, std::int64_t capacity) {
+  Packs packs;
+  {
+    const auto values = view(lengths);
+    py::gil_scoped_release release;
+    packs = pack(values, capacity);
+  }
+  return py::make_tuple(to_array(packs.offsets), to_array(packs.items));
+}
+
+py::tuple draw(Mixture& mixture, std::uint64_t start, std::uint64_t count) {
+  py::array_t<std::uint16_t> sources(count);
+  py::array_t<std::uint64_t> draws(count);
+  std::uint16_t* source_data = sources.mutable_data();
+  std::uint64_t* draw_data = draws.mutable_data();
+  Mixture moving = mixture;  // a copy to work on without the GIL: another thread may be drawing too
+  {
+    py::gil_scoped_release release;
+    moving.draw(start, count, source_data, draw_data);
+  }
+  mixture = moving;
+  return py::make_tuple(sources, draws);
+}
+
+std::vector<Shard> as_shards(const std::vector<py::array>& tokens, const std::vector<Array<std::uint64_t>>& silent) {
+  if (tokens.size() != silent.size()) throw std::invalid_argument("one array of silent spans a shard is needed");
+  std::vector<Shard> shards;
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    if (silent[i].size() % 2) throw std::invalid_argument("silent spans must be pairs of begin and end");
+    Shard shard{std::span<const std::uint16_t>{}, view(silent[i])};
+    if (py::isinstance<Array<std::uint16_t>>(tokens[i]))
+      shard.tokens = view(py::reinterpret_borrow<Array<std::uint16_t>>(tokens[i]));
+    else if (py::isinstance<Array<std::uint32_t>>(tokens[i]))
+      shard.tokens = view(py::reinterpret_borrow<Array<std::uint32_t>>(tokens[i]));
+    else
+      throw std::invalid_argument("shard " + std::to_string(i) + " must be a contiguous array of uint16 or uint32");
+    shards.push_back(shard);
+  }
+  return shards;
+}
+
+py::tuple make_batch(const std::vector<py::array>& tokens, const std::vector<Array<std::uint64_t>>& silent,
+                     const Int64s& shard, const Int64s& start, const Int64s& length) {
+  const std::vector<Shard> shards = as_shards(tokens, silent);
+  const Parts parts{view(shard), view(start), view(length)};
+  const std::int64_t rows = check_parts(shards, parts);
+  py::array_t<std::int32_t> out_tokens(rows), positions(rows), cu_seqlens(length.size() + 1);
+  py::array_t<std::int64_t> targets(rows);
+  py::array_t<float> weights(rows);
+  const Rows out{out_tokens.mutable_data(), targets.mutable_data(), weights.mutable_data(), positions.mutable_data(),
+                 cu_seqlens.mutable_data()};
+  {
+    py::gil_scoped_release release;
+    assemble(shards, parts, out);
+  }
+  return py::make_tuple(out_tokens, targets, weights, positions, cu_seqlens);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "tokenmill's host core: random numbers, the order of samples, packing, mixing and batches.";
+
+  m.def("philox", &philox, py::arg("counter"), py::arg("key"));
+  m.def("neftune_uniform", &make_neftune_uniform, py::arg("seed"), py::arg("step"), py::arg("document_id"),
+        py::arg("position"), py::arg("count"), py::arg("dim"));
+
+  m.def("derive_key", &derive_key, py::arg("seed"), py::arg("source"), py::arg("epoch"));
+  m.def(
+      "permute", [](std::uint64_t index, std::uint64_t n, std::uint64_t key) { return Permutation(n, key)(index); },
+      py::arg("index"), py::arg("n"), py::arg("key"));
+  m.def("permutation", &make_permutation, py::arg("n"), py::arg("key"), py::arg("start"), py::arg("count"));
+
+  m.def("pack", &make_packs, py::arg("lengths"), py::arg("capacity"));
+
+  py::class_<Mixture>(m, "Mixture")
+      .def(py::init([](const Doubles& weights) {
+             const auto values = view(weights);
+             return Mixture(std::vector<double>(values.begin(), values.end()));
+           }),
+           py::arg("weights"))
+      .def("draw", &draw, py::arg("start"), py::arg("count"));
+
+  m.def("assemble", &make_batch, py::arg("tokens"), py::arg("silent"), py::arg("shard"), py::arg("start"),
+        py::arg("length"));
+}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenmill import _C
 from tokenmill.kernels.layout import GHOST, Layout, bucket
 
 IGNORE = -100  # the target of a row that predicts nothing, PyTorch's own convention
@@ -25,8 +28,8 @@ class Batch:
 
     @staticmethod
     def from_documents(
-        documents: Sequence[Sequence[int]],
-        loss_mask: Sequence[Sequence[float]] | None = None,
+        documents: Sequence[Sequence[int] | NDArray[Any]],
+        loss_mask: Sequence[Sequence[float] | NDArray[Any]] | None = None,
         document_ids: Sequence[int] | None = None,
         source_ids: Sequence[int] | None = None,
     ) -> Batch:
@@ -60,6 +63,46 @@ class Batch:
             torch.from_numpy(sources),
             layout,
         )
+
+    @staticmethod
+    def from_shards(
+        tokens: Sequence[NDArray[Any]],
+        silent: Sequence[NDArray[np.uint64]],
+        shard: NDArray[np.int64],
+        start: NDArray[np.int64],
+        length: NDArray[np.int64],
+        *,
+        document_ids: NDArray[np.int64],
+        source_ids: NDArray[Any],
+    ) -> Batch:
+        """Documents gathered from arrays, usually mapped files: `tokens[shard[i]][start[i]:start[i] + length[i]]`.
+
+        `silent[s]` (S, 2): spans of shard s that carry no loss, sorted; all else has weight 1. Otherwise the same as
+        `from_documents`. Raises ValueError where a document is not wholly inside its shard.
+        """
+        flat, targets, weights, positions, cu_seqlens = _C.assemble(tokens, silent, shard, start, length)
+        layout = Layout(
+            torch.from_numpy(positions),
+            torch.from_numpy(cu_seqlens),
+            bucket(int(length.max(initial=0))),
+            torch.from_numpy(document_ids.astype(np.int64)),
+            torch.from_numpy(length.astype(np.int32)),
+        )
+        return Batch(
+            torch.from_numpy(flat),
+            torch.from_numpy(targets),
+            torch.from_numpy(weights),
+            torch.from_numpy(np.flatnonzero(weights).astype(np.int32)),
+            torch.from_numpy(source_ids.astype(np.int32)),
+            layout,
+        )
+
+    @staticmethod
+    def ghost() -> Batch:
+        """A tiny batch of weight 0, for a rank that has no sample left in a step; every row is a target row, so that
+        it goes through the model and the loss as any other."""
+        empty = Batch.from_documents([[0] * 16], loss_mask=[[0.0] * 16], document_ids=[GHOST])
+        return replace(empty, target_rows=torch.arange(16, dtype=torch.int32))
 
     def padded(self, *, tokens: int, documents: int) -> Batch:
         """The same batch with one ghost document of weight 0 and empty segments, up to exactly `tokens` rows and

@@ -1,0 +1,128 @@
+// A batch gathered from mapped shards: documents, or parts of them, laid end to end with what to predict at each row.
+//
+// The same as Batch.from_documents of the same tokens (data/batch.py). Nothing outside a shard is read, whatever the
+// caller asks for.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <variant>
+#include <vector>
+
+namespace tokenmill {
+
+struct Shard {
+  std::variant<std::span<const std::uint16_t>, std::span<const std::uint32_t>> tokens;
+  std::span<const std::uint64_t> silent;  // begin, end, begin, end, ...: tokens without loss, sorted, not overlapping
+  std::uint64_t size() const {
+    return std::visit([](auto view) { return static_cast<std::uint64_t>(view.size()); }, tokens);
+  }
+};
+
+struct Parts {  // one entry a part
+  std::span<const std::int64_t> shard, start, length;
+};
+
+struct Rows {  // what is written
+  std::int32_t* tokens;        // (T,)
+  std::int64_t* targets;       // (T,)
+  float* weights;              // (T,)
+  std::int32_t* positions;     // (T,)
+  std::int32_t* cu_seqlens;    // (P + 1,)
+};
+
+// Raises where a part is not wholly inside its shard; otherwise the number of rows in all.
+inline std::int64_t check_parts(const std::vector<Shard>& shards, const Parts& parts) {
+  const std::size_t n = parts.length.size();
+  if (parts.shard.size() != n || parts.start.size() != n)
+    throw std::invalid_argument("shard, start and length must have one entry a part, got " +
+                                std::to_string(parts.shard.size()) + ", " + std::to_string(parts.start.size()) +
+                                " and " + std::to_string(n));
+  std::int64_t rows = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::int64_t shard = parts.shard[i], start = parts.start[i], length = parts.length[i];
+    if (shard < 0 || shard >= static_cast<std::int64_t>(shards.size()))
+      throw std::invalid_argument("part " + std::to_string(i) + " names shard " + std::to_string(shard) + " of " +
+                                  std::to_string(shards.size()));
+    const auto size = static_cast<std::int64_t>(shards[shard].size());
+    if (start < 0 || length < 1 || start > size || length > size - start)
+      throw std::invalid_argument("part " + std::to_string(i) + " is tokens " + std::to_string(start) + " and " +
+                                  std::to_string(length) + " on, outside shard " + std::to_string(shard) + " of " +
+                                  std::to_string(size) + " tokens");
+    if (length > std::numeric_limits<std::int32_t>::max() - rows)
+      throw std::invalid_argument("a batch of more than 2**31 - 1 tokens");
+    rows += length;
+  }
+  return rows;
+}
+
+// Row r of a part predicts token r + 1; the last row predicts nothing, nor does one whose next token is silent.
+template <class Token>
+void fill_part(std::span<const Token> tokens, std::span<const std::uint64_t> silent, std::uint64_t start,
+               std::int64_t length, const Rows& rows, std::int64_t row) {
+  constexpr std::int64_t kIgnore = -100;
+  const Token* source = tokens.data() + start;
+  for (std::int64_t i = 0; i < length; ++i) {
+    rows.tokens[row + i] = static_cast<std::int32_t>(source[i]);
+    rows.positions[row + i] = static_cast<std::int32_t>(i);
+  }
+  for (std::int64_t i = 0; i + 1 < length; ++i) {
+    rows.targets[row + i] = source[i + 1];
+    rows.weights[row + i] = 1.0f;
+  }
+  const auto ignore = [&](std::int64_t i) {
+    rows.targets[row + i] = kIgnore;
+    rows.weights[row + i] = 0.0f;
+  };
+  ignore(length - 1);
+
+  std::size_t low = 0, high = silent.size() / 2;  // the first span that ends after the part's first token
+  while (low < high) {
+    const std::size_t middle = (low + high) / 2;
+    if (silent[2 * middle + 1] <= start) low = middle + 1;
+    else high = middle;
+  }
+  const std::uint64_t end = start + static_cast<std::uint64_t>(length);
+  for (; low < silent.size() / 2 && silent[2 * low] < end; ++low) {
+    const std::uint64_t first = std::max(silent[2 * low], start + 1), last = std::min(silent[2 * low + 1], end);
+    for (std::uint64_t token = first; token < last; ++token) ignore(static_cast<std::int64_t>(token - start) - 1);
+  }
+}
+
+// `parts` must have passed check_parts. Threads take runs of parts with about as many rows each.
+inline void assemble(const std::vector<Shard>& shards, const Parts& parts, const Rows& rows) {
+  const std::size_t n = parts.length.size();
+  rows.cu_seqlens[0] = 0;
+  for (std::size_t i = 0; i < n; ++i)
+    rows.cu_seqlens[i + 1] = rows.cu_seqlens[i] + static_cast<std::int32_t>(parts.length[i]);
+
+  const auto work = [&](std::size_t begin, std::size_t end) {
+    for (std::size_t i = begin; i < end; ++i)
+      std::visit(
+          [&](auto tokens) {
+            fill_part(tokens, shards[parts.shard[i]].silent, static_cast<std::uint64_t>(parts.start[i]),
+                      parts.length[i], rows, rows.cu_seqlens[i]);
+          },
+          shards[parts.shard[i]].tokens);
+  };
+
+  constexpr std::int64_t kRowsPerThread = 1 << 16, kMostThreads = 8;  // fewer rows are done before a thread starts
+  const std::int64_t total = rows.cu_seqlens[n];
+  const std::int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  const std::int64_t threads = std::clamp<std::int64_t>(total / kRowsPerThread, 1, std::min(cores, kMostThreads));
+  const auto boundary = [&](std::int64_t thread) {
+    const auto row = static_cast<std::int32_t>(total * thread / threads);
+    return static_cast<std::size_t>(std::lower_bound(rows.cu_seqlens, rows.cu_seqlens + n, row) - rows.cu_seqlens);
+  };
+  std::vector<std::jthread> team;
+  for (std::int64_t thread = 1; thread < threads; ++thread)
+    team.emplace_back(work, boundary(thread), thread + 1 < threads ? boundary(thread + 1) : n);
+  work(0, threads > 1 ? boundary(1) : n);
+}
+
+}  // namespace tokenmill

@@ -1,0 +1,313 @@
+"""Embedding lookup, with NEFTune noise (Jain et al. 2023) made on the fly.
+
+    out[t] = weight[tokens[t]] + u(t) * scale(document of t)          tokens (T,), weight (V, D), out (T, D)
+    scale  = alpha / sqrt(L * D)                                      L the length of the whole document
+    u      ~ U(-1, 1)                                                 a value a channel
+
+u is a pure function of (seed, step, document id, position in the document, channel), by Philox4x32-10 (Salmon et al.
+2011), so that a document has the same noise alone, packed and reordered, and nothing is stored for backward:
+
+    key    = the first two words of philox(counter = (step, step >> 32, "NEFT", 0), key = (seed, seed >> 32))
+    words  = philox(counter = (id, id >> 32, position, channel // 4), key)           each taken modulo 2**32
+    u      = (2 * (words[channel % 4] >> 8) + 1 - 2**24) / 2**24                      exact in fp32
+
+The bits agree between this file's torch and Triton and csrc/philox.hpp: scale is rounded once from fp64 to fp32, the
+product and the sum are rounded apart in fp32, and the sum is then rounded to the weight's dtype. A ghost document has
+no noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokenmill.kernels import launch
+from tokenmill.kernels.backends import Backend, choose
+from tokenmill.kernels.layout import GHOST, Layout
+
+_NEFT = 0x4E454654  # "NEFT": keeps this use of (seed, step) apart from any other
+
+
+@dataclass(frozen=True)
+class Noise:
+    """NEFTune's alpha and what its random bits depend on. A number, or a 0-d tensor on the device where a captured
+    graph is replayed with other values.
+    """
+
+    alpha: float | Tensor
+    seed: int | Tensor  # 0 <= seed < 2**63
+    step: int | Tensor  # 0 <= step < 2**63
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.alpha, Tensor) and not self.alpha >= 0:
+            raise ValueError(f"noise alpha is {self.alpha}: expected a number >= 0")
+        for name, value in (("seed", self.seed), ("step", self.step)):
+            if not isinstance(value, Tensor) and not 0 <= value < 2**63:
+                raise ValueError(f"noise {name} is {value}: expected 0 <= {name} < 2**63")
+
+
+# ------------------------------------------------------------------------------------------ plain torch, the reference
+
+
+def philox(counter: list[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Philox4x32-10: four words of 32 random bits from a counter of four words and a key of two.
+
+    All words are int64 tensors that broadcast, holding values below 2**32: a product of two wraps around in 64 bits,
+    and the masks take the right halves of it.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        even, odd = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = (odd >> 32 & 0xFFFFFFFF) ^ c1 ^ k0, odd & 0xFFFFFFFF
+        c2, c3 = (even >> 32 & 0xFFFFFFFF) ^ c3 ^ k1, even & 0xFFFFFFFF
+        k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
+    return [c0, c1, c2, c3]
+
+
+def neftune_uniform(seed: Tensor, step: Tensor, document_ids: Tensor, positions: Tensor, dim: int) -> Tensor:
+    """(T, dim) fp32 in (-1, 1), from 0-d int64 seed and step and (T,) ids and positions."""
+    zero = torch.zeros_like(step)
+    k0, k1, _, _ = philox([*_halves(step), zero + _NEFT, zero], _halves(seed))
+    low, high = _halves(document_ids[:, None])
+    group = torch.arange((dim + 3) // 4, device=positions.device)
+    words = philox([low, high, positions[:, None].long(), group], (k0, k1))
+    channels = torch.stack(words, dim=-1).flatten(1)[:, :dim]
+    return (2 * (channels >> 8) + 1 - 2**24).float() * 2.0**-24
+
+
+def _halves(value: Tensor) -> tuple[Tensor, Tensor]:
+    return value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF
+
+
+def _embed_torch(tokens: Tensor, weight: Tensor, noise: tuple[Tensor, ...] | None) -> Tensor:
+    rows = F.embedding(tokens, weight)
+    if noise is None:
+        return rows
+    segments, positions, document_ids, scales, seed, step = noise
+    scale = scales[segments, None]
+    uniform = neftune_uniform(seed, step, document_ids[segments], positions, weight.shape[1])
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    noisy = (rows.to(wide) + (uniform * scale).to(wide)).to(weight.dtype)
+    return torch.where(scale > 0, noisy, rows)  # -0.0 + 0.0 is 0.0: a scale of 0 must leave no trace
+
+
+# ------------------------------------------------------------------------------------------------------------- Triton
+
+
+@triton.jit
+def _row_mask(token, vocab, channels, dim):
+    """The channels of a row of the weight; none where the token is outside the vocabulary."""
+    return channels < tl.where((token >= 0) & (token < vocab), dim, 0)
+
+
+@triton.jit
+def _embed_kernel(
+    tokens, weight, out, segments, positions, document_ids, scales, seed, step, vocab, dim,
+    NOISE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of channels of one row a program. A token outside the vocabulary shows as NaN."""
+    row = tl.program_id(0).to(tl.int64)
+    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(tokens + row).to(tl.int64)
+    mask = _row_mask(token, vocab, channels, dim)
+    value = tl.load(weight + token * dim + channels, mask=mask, other=float("nan"))
+
+    if NOISE:
+        segment = tl.load(segments + row)
+        scale = tl.load(scales + segment)
+        document = tl.load(document_ids + segment)
+        s, t = tl.load(seed), tl.load(step)
+        zero = tl.zeros((1,), tl.uint32)
+        k0, k1, _, _ = tl.philox_impl(
+            zero + t.to(tl.uint32), zero + (t >> 32).to(tl.uint32), zero + 0x4E454654, zero,
+            s.to(tl.uint32), (s >> 32).to(tl.uint32),
+        )  # fmt: skip
+        group = (tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+        same = group * 0
+        w0, w1, w2, w3 = tl.philox_impl(
+            same + document.to(tl.uint32), same + (document >> 32).to(tl.uint32),
+            same + tl.load(positions + row).to(tl.uint32), group, k0, k1,
+        )  # fmt: skip
+        words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # to channel order
+        uniform = (2 * (words >> 8).to(tl.int32) + (1 - (1 << 24))).to(tl.float32) * (1.0 / (1 << 24))
+        noisy = (value.to(tl.float32) + uniform * scale).to(value.dtype)
+        value = tl.where(scale > 0, noisy, value)
+
+    tl.store(out + row * dim + channels, value, mask=channels < dim)
+
+
+# The gradient of a row of the weight is the sum of d_out over the tokens that looked it up. Sorting the tokens makes
+# them runs of equal ids; summing each in order, with no atomic additions, makes the same bits every time. A frequent
+# token's run may span most of the batch, so a program sums a fixed piece of the sorted tokens: a run that lies within
+# one piece is stored at once, the parts of others go to `partials` (pieces, 2, D): slot 0 where the run began in an
+# earlier piece, slot 1 where it begins in this one.
+
+
+@triton.jit
+def _sum_pieces_kernel(
+    sorted_tokens, order, d_out, partials, d_weight, count, vocab, dim, PIECE: tl.constexpr, BLOCK: tl.constexpr
+):
+    piece = tl.program_id(0)
+    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = channels < dim
+    first = piece * PIECE
+    end = tl.minimum(first + PIECE, count)
+    token = tl.load(sorted_tokens + first)
+    began_here = tl.load(sorted_tokens + first - 1, mask=first > 0, other=-1) != token
+    partials += piece.to(tl.int64) * 2 * dim + channels
+    total = tl.zeros((BLOCK,), tl.float32)
+
+    for i in range(first, end):
+        row = tl.load(order + i)
+        total += tl.load(d_out + row * dim + channels, mask=mask, other=0.0).to(tl.float32)
+        following = tl.load(sorted_tokens + i + 1, mask=i + 1 < count, other=-1)
+        if following != token:  # the run ends here
+            if began_here:
+                own = _row_mask(token, vocab, channels, dim)
+                tl.store(d_weight + token.to(tl.int64) * dim + channels, total, mask=own)
+            else:
+                tl.store(partials, total, mask=mask)
+            total = tl.zeros((BLOCK,), tl.float32)
+            began_here = True
+        token = following
+
+    if token == tl.load(sorted_tokens + end - 1):  # the run goes on in the next piece
+        tl.store(partials + tl.where(began_here, dim, 0), total, mask=mask)
+
+
+@triton.jit
+def _join_pieces_kernel(sorted_tokens, partials, d_weight, count, vocab, dim, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+    """For the run that begins in this piece and goes on after it, add its parts in order."""
+    piece = tl.program_id(0)
+    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = channels < dim
+    first = piece * PIECE
+    end = first + PIECE
+    token = tl.load(sorted_tokens + tl.minimum(end, count) - 1)
+    goes_on = tl.load(sorted_tokens + end, mask=end < count, other=-1) == token
+    began_here = tl.load(sorted_tokens + first - 1, mask=first > 0, other=-1) != token
+    if goes_on & began_here:
+        part = partials + piece.to(tl.int64) * 2 * dim + channels
+        total = tl.load(part + dim, mask=mask, other=0.0)
+        while goes_on:
+            part += 2 * dim
+            end += PIECE
+            total += tl.load(part, mask=mask, other=0.0)
+            goes_on = tl.load(sorted_tokens + end, mask=end < count, other=-1) == token
+        own = _row_mask(token, vocab, channels, dim)
+        tl.store(d_weight + token.to(tl.int64) * dim + channels, total, mask=own)
+
+
+# --------------------------------------------------------------------------------------------------- autograd binding
+
+
+@torch.library.custom_op("tokenmill::embed", mutates_args=())
+def _embed_triton(
+    tokens: Tensor, weight: Tensor, segments: Tensor | None, positions: Tensor | None, document_ids: Tensor | None,
+    scales: Tensor | None, seed: Tensor | None, step: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The lookup, with noise where its tensors are given: (T,) segments and positions, (N,) ids and scales."""
+    vocab, dim = weight.shape
+    out = weight.new_empty(tokens.numel(), dim)
+    if out.numel():
+        settings: dict[str, Any] = launch.channels(dim) | {"NOISE": scales is not None}
+        _embed_kernel[(tokens.numel(), triton.cdiv(dim, settings["BLOCK"]))](
+            tokens.contiguous(), weight.contiguous(), out, segments, positions, document_ids, scales, seed, step,
+            vocab, dim, **settings,
+        )  # fmt: skip
+    return out
+
+
+@_embed_triton.register_fake
+def _(tokens, weight, segments, positions, document_ids, scales, seed, step):
+    return weight.new_empty(tokens.numel(), weight.shape[1])
+
+
+@torch.library.custom_op("tokenmill::embed_backward", mutates_args=())
+def _embed_backward(d_out: Tensor, tokens: Tensor, vocab: int) -> Tensor:
+    """(V, D) of d_out's dtype from d_out (T, D), summed in fp32; 0 where a row was not looked up."""
+    count, dim = d_out.shape
+    d_weight = d_out.new_zeros(vocab, dim)
+    if d_out.numel():
+        sorted_tokens, order = torch.sort(tokens, stable=True)
+        pieces = triton.cdiv(count, launch.RUN_PIECE)
+        partials = d_out.new_empty(pieces, 2, dim, dtype=torch.float32)
+        settings: dict[str, Any] = launch.channels(dim) | {"PIECE": launch.RUN_PIECE}
+        grid = (pieces, triton.cdiv(dim, settings["BLOCK"]))
+        d_out = d_out.contiguous()
+        _sum_pieces_kernel[grid](sorted_tokens, order, d_out, partials, d_weight, count, vocab, dim, **settings)
+        _join_pieces_kernel[grid](sorted_tokens, partials, d_weight, count, vocab, dim, **settings)
+    return d_weight
+
+
+@_embed_backward.register_fake
+def _(d_out, tokens, vocab):
+    return d_out.new_empty(vocab, d_out.shape[1])
+
+
+def _setup(ctx, inputs, output) -> None:
+    tokens, weight, *_ = inputs
+    ctx.save_for_backward(tokens)
+    ctx.vocab = weight.shape[0]
+
+
+def _backward(ctx, d_out):
+    (tokens,) = ctx.saved_tensors
+    return None, _embed_backward(d_out, tokens, ctx.vocab), *[None] * 6
+
+
+_embed_triton.register_autograd(_backward, setup_context=_setup)
+
+
+# ---------------------------------------------------------------------------------------------------- public function
+
+
+def embed(
+    tokens: Tensor,
+    weight: Tensor,
+    *,
+    noise: Noise | None = None,
+    layout: Layout | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """(T, D): the rows of weight (V, D) that tokens (T,) int32 name, with NEFTune noise if `noise` is given.
+
+    `layout` says where documents lie and how long they are, and is needed for noise only. Without noise, with alpha 0
+    and in ghost documents the result is bit-identical to `F.embedding`.
+
+    Raises ValueError where a shape does not fit, or noise comes without a layout.
+    """
+    if tokens.ndim != 1 or weight.ndim != 2:
+        raise ValueError(f"expected tokens (T,) and weight (V, D), got {[*tokens.shape]} and {[*weight.shape]}")
+    made = None if noise is None else _noise_tensors(noise, layout, tokens, weight.shape[1])
+    if choose(backend, tokens, weight) == "torch":
+        return _embed_torch(tokens, weight, made)
+    return _embed_triton(tokens, weight, *(made or [None] * 6))
+
+
+def _noise_tensors(noise: Noise, layout: Layout | None, tokens: Tensor, dim: int) -> tuple[Tensor, ...] | None:
+    """(segments, positions, document_ids, scales, seed, step) on the tokens' device, without waiting for it."""
+    if layout is None:
+        raise ValueError("noise needs a layout: its scale and its bits depend on the documents")
+    if layout.positions.shape != tokens.shape:
+        raise ValueError(f"the layout has {layout.positions.numel()} rows, tokens {tokens.numel()}")
+    if not isinstance(noise.alpha, Tensor) and noise.alpha == 0:
+        return None
+
+    def scalar(value: float | Tensor, dtype: torch.dtype) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.to(tokens.device, dtype)
+        return torch.full((), value, dtype=dtype, device=tokens.device)
+
+    root = (layout.document_lengths.double() * dim).sqrt()
+    scales = torch.div(scalar(noise.alpha, torch.float64), root).float()
+    scales = torch.where(layout.document_ids == GHOST, 0.0, scales)
+    seed, step = scalar(noise.seed, torch.int64), scalar(noise.step, torch.int64)
+    return layout.segment_ids, layout.positions, layout.document_ids, scales, seed, step

@@ -1,0 +1,90 @@
+"""A mixture of experts: route, permute, experts, combine, and the four in one where nothing has to come between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenmill.kernels.moe import grouped_mm, reference
+from tokenmill.kernels.moe.permute import Permuted, combine, permute
+from tokenmill.kernels.moe.router import Routing, hf_load_balancing_loss, route
+
+__all__ = [
+    "Backend",
+    "Permuted",
+    "Routing",
+    "choose",
+    "combine",
+    "experts",
+    "hf_load_balancing_loss",
+    "moe",
+    "permute",
+    "route",
+]
+
+_BACKENDS = {"grouped_mm": grouped_mm, "reference": reference}
+
+
+class Backend(NamedTuple):
+    """One way to compute `experts`: called as `backend.experts(xs, offsets, w_gate_up, w_down)`."""
+
+    name: str
+    experts: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def choose(name: str, device: torch.device | str, dtype: torch.dtype) -> Backend:
+    """The backend called `name` ("grouped_mm" or "reference"), or the best for the device under "auto".
+
+    On a CPU that is the loop: as fast there as the grouped product for a few experts, and for any shape and dtype.
+    Raises ValueError where the name is unknown, or the backend cannot run there: the message says why.
+    """
+    device = torch.device(device)
+    if name == "auto":
+        fits = device.type == "cuda" and grouped_mm.supports(device, dtype) is None
+        name = "grouped_mm" if fits else "reference"
+    if name not in _BACKENDS:
+        raise ValueError(f'moe = "{name}" is unknown: expected one of auto, {", ".join(_BACKENDS)}')
+    reason = _BACKENDS[name].supports(device, dtype)
+    if reason is not None:
+        raise ValueError(f'moe = "{name}" cannot run here: {reason}; choose another or "auto"')
+    return Backend(name, _BACKENDS[name].experts)
+
+
+def experts(xs: Tensor, offsets: Tensor, w_gate_up: Tensor, w_down: Tensor, backend: str | Backend = "auto") -> Tensor:
+    """Each expert's SwiGLU network, w_down swiglu(w_gate_up x), on its own rows.
+
+    xs (M, D) are sorted by expert and offsets (E,) int32 are the ends of each one's rows, the last of them M; w_gate_up
+    is (E, 2F, D), the gate first, and w_down (E, D, F). Returns (M, D). An expert with no rows gets gradients of 0.
+    `backend` is a name, or what `choose` returned. Raises ValueError where the shapes do not fit.
+    """
+    num_experts, dim, hidden_dim = w_down.shape
+    if w_gate_up.shape != (num_experts, 2 * hidden_dim, dim) or xs.shape[1] != dim or offsets.shape != (num_experts,):
+        raise ValueError(
+            f"experts: xs {tuple(xs.shape)}, offsets {tuple(offsets.shape)}, w_gate_up {tuple(w_gate_up.shape)} and "
+            f"w_down {tuple(w_down.shape)} do not fit: expected (M, D), (E,), (E, 2F, D) and (E, D, F)"
+        )
+    if isinstance(backend, str):
+        backend = choose(backend, xs.device, xs.dtype)
+    return backend.experts(xs, offsets, w_gate_up, w_down)
+
+
+def moe(
+    x: Tensor,
+    logits: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    top_k: int,
+    *,
+    bias: Tensor | None = None,
+    forced: Tensor | None = None,
+    real_rows: Tensor | None = None,
+    backend: str | Backend = "auto",
+) -> tuple[Tensor, Routing]:
+    """The whole layer: x (T, D) with router logits (T, E) to (T, D). Arguments as in `route` and `experts`."""
+    routing = route(logits, top_k, bias=bias, forced=forced, real_rows=real_rows)
+    permuted = permute(x, routing)
+    ys = experts(permuted.xs, permuted.offsets, w_gate_up, w_down, backend)
+    return combine(ys, permuted, routing), routing

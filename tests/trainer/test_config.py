@@ -1,0 +1,89 @@
+"""Recipes: every wrong key, type and value is an error that names the key."""
+
+from importlib.resources import files
+
+import pytest
+
+from tokenmill.trainer.config import ConfigError, load_recipe
+
+RECIPE = """
+objective = "sft"
+output = "runs/x"
+model.path = "somewhere"
+data = { sources = [{ stream = "a" }, { stream = "b", weight = 2 }], sequence_length = 64, packs_per_step = 2 }
+train = { steps = 10 }
+optimizer = { learning_rate = 1e-3, betas = [0.9, 0.99] }
+"""
+
+
+def load(tmp_path, *overrides, text=RECIPE):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return load_recipe(path, overrides)
+
+
+def test_values_defaults_and_overrides(tmp_path):
+    recipe = load(
+        tmp_path, "--loss.neftune_alpha=5", "--output=runs/y", "--data.sources.1.stream=c d", "--train.validate_every=3"
+    )
+    assert recipe.output == "runs/y"
+    assert recipe.loss.neftune_alpha == 5.0
+    assert isinstance(recipe.loss.neftune_alpha, float)
+    assert [s.stream for s in recipe.data.sources] == ["a", "c d"]
+    assert recipe.data.sources[1].weight == 2.0
+    assert recipe.optimizer.betas == (0.9, 0.99)
+    assert recipe.train.validate_every == 3
+    assert recipe.schedule.kind == "cosine"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--optimizer.learning_rat=1", "unknown key optimizer.learning_rat; did you mean optimizer.learning_rate"),
+        ("--optimiser.learning_rate=1", "unknown key optimiser; did you mean optimizer"),
+        ("--train.steps=ten", "train.steps: expected an integer, got 'ten'"),
+        ("--train.steps=1.5", "train.steps: expected an integer, got 1.5"),
+        ("--train.steps=true", "train.steps: expected an integer"),
+        ("--train.steps=0", "train.steps: expected a positive number"),
+        ("--train.epochs=1", "train: expected exactly one of steps, tokens and epochs"),
+        ("--objective=dpo", "objective: expected 'pretrain' or 'sft'"),
+        ("--objective=pretrain", None),
+        ("--schedule.kind=linear", "schedule.kind: expected 'cosine' or 'wsd' or 'constant'"),
+        ("--data.sources=[]", "data.sources: expected at least one source"),
+        ("--data.sources.2.stream=z", "'2' is not an index below 2"),
+        ("--data.sources.0.weight=-1", r"data.sources.0.weight: expected a positive number"),
+        ("--data.sequence_length=1", "data.sequence_length: expected at least 2"),
+        ("--optimizer.betas=[1]", "optimizer.betas: expected a list of a number"),
+        ("--model.new.dim=4", "model.new.n_layers is missing"),
+        ("--output.folder=4", "'output' is a value, not a section"),
+        ("--schedule.warmup=0.9", "warmup [+] decay"),
+        ("steps", "expected --section.key=value"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, override, message):
+    if message is None:
+        load(tmp_path, override)
+        return
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, override)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere.toml: no such recipe"):
+        load_recipe(tmp_path / "nowhere.toml")
+    with pytest.raises(ConfigError, match="recipe.toml"):
+        load(tmp_path, text="objective = ")
+    with pytest.raises(ConfigError, match="key output is missing"):
+        load(tmp_path, text=RECIPE.replace('output = "runs/x"', ""))
+    with pytest.raises(ConfigError, match="either path or"):
+        load(tmp_path, text=RECIPE.replace('model.path = "somewhere"', "model = {}"))
+
+
+def test_neftune_belongs_to_tuning(tmp_path):
+    with pytest.raises(ConfigError, match="loss.neftune_alpha"):
+        load(tmp_path, "--objective=pretrain", "--loss.neftune_alpha=5")
+
+
+@pytest.mark.parametrize("path", sorted((files("tokenmill.trainer") / "recipes").iterdir(), key=str), ids=str)
+def test_shipped_recipes_are_right(path):
+    load_recipe(str(path))

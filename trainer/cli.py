@@ -1,0 +1,170 @@
+"""The command line: each command parses its arguments and calls one function."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; wrong input is one line on stderr and exit status 1 (TOKENMILL_DEBUG=1 shows where it arose)."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = [a for a in rest if options.command is _train and a.startswith("--") and "=" in a]
+    if odd := [a for a in rest if a not in overrides]:
+        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+    options.overrides = overrides
+    try:
+        options.command(options)
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("TOKENMILL_DEBUG"):
+            raise
+        print(f"tokenmill: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tokenmill: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tokenmill", description="Token streams to trained models.")
+    parser.add_argument("--version", action="version", version=f"tokenmill {version('tokenmill')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=function)
+        return sub
+
+    c = command("prepare", _prepare, "Text to a token stream.")
+    c.add_argument("inputs", nargs="+", metavar="FILE", help=".txt (a document each), .jsonl or .jsonl.gz")
+    c.add_argument("--tokenizer", required=True, help="a sentencepiece model, or mistral-v1, mistral-v2, mistral-v3")
+    c.add_argument("--output", required=True, help="folder of the stream")
+    c.add_argument("--text-key", default="text", help="key of a plain row's text (default: text)")
+    c.add_argument("--template", default="auto", help="of chats: mistral-v1, mistral-v2, mistral-v3 (default: auto)")
+    c.add_argument("--overwrite", action="store_true", help="replace a stream that is there")
+
+    c = command("inspect", _inspect, "What a token stream holds.")
+    c.add_argument("stream")
+
+    c = command("verify", _verify, "Check every checksum of a token stream.")
+    c.add_argument("stream")
+
+    c = command("train-tokenizer", _train_tokenizer, "A sentencepiece model from a corpus.")
+    c.add_argument("inputs", nargs="+", metavar="FILE")
+    c.add_argument("--vocab-size", type=int, required=True)
+    c.add_argument("--output", required=True, help="the model file to write")
+    c.add_argument("--text-key", default="text")
+
+    c = command("train", _train, "Run a recipe, from where it stopped if it did.")
+    c.add_argument("recipe", help="a TOML file; any key of it can be given as --section.key=value")
+
+    c = command("eval", _eval, "Multiple-choice accuracy of a model.")
+    c.add_argument("model", help="a run's output, a checkpoint or a Hugging Face folder")
+    c.add_argument("questions", help="JSON lines (.gz too) of question, options and answer")
+    c.add_argument("--by", choices=["text", "letter"], default="text", help="score option texts or letters")
+    c.add_argument("--tokenizer", help="default: the model folder's tokenizer.model")
+    c.add_argument("--template", default="auto")
+    c.add_argument("--limit", type=int, help="only the first LIMIT questions")
+
+    c = command("import", _import, "A Hugging Face folder to a checkpoint.")
+    c.add_argument("source", metavar="HF_FOLDER")
+    c.add_argument("output")
+    c.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="bf16")
+
+    c = command("export", _export, "A checkpoint to a Hugging Face folder.")
+    c.add_argument("source", metavar="CHECKPOINT")
+    c.add_argument("output", metavar="HF_FOLDER")
+    return parser
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from tokenmill.data.prepare import prepare
+
+    prepare(
+        options.inputs,
+        options.tokenizer,
+        options.output,
+        text_key=options.text_key,
+        template=options.template,
+        overwrite=options.overwrite,
+    )
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from tokenmill.data.prepare import inspect
+
+    print(inspect(options.stream))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from tokenmill.data.stream import TokenStream
+
+    stream = TokenStream.open(options.stream)
+    stream.verify()
+    print(f"{options.stream}: {len(stream):,} documents, {stream.tokens:,} tokens, every checksum holds")
+
+
+def _train_tokenizer(options: argparse.Namespace) -> None:
+    from tokenmill.data.prepare import read_texts
+    from tokenmill.data.tokenizer import train_tokenizer
+
+    train_tokenizer(read_texts(options.inputs, options.text_key), options.vocab_size, options.output)
+    print(f"{options.output}: {options.vocab_size:,} pieces")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from tokenmill.trainer.config import load_recipe
+    from tokenmill.trainer.loop import Trainer
+
+    print(f"trained: {Trainer(load_recipe(options.recipe, options.overrides)).train()}")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from tokenmill.data.tokenizer import Tokenizer
+    from tokenmill.trainer.checkpoint import load_model, resolve_model
+    from tokenmill.trainer.evaluate.score import multiple_choice
+    from tokenmill.trainer.evaluate.tasks import load_questions
+    from tokenmill.trainer.loop import pick_device
+
+    folder = resolve_model(options.model)
+    tokenizer = Tokenizer.open(options.tokenizer or folder)
+    model = load_model(folder).to(pick_device("auto"))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{tokenizer.path}: {tokenizer.vocab_size} pieces do not fit the model's vocabulary of "
+            f"{model.config.vocab_size}; give the model's own with --tokenizer"
+        )
+    questions = load_questions(options.questions)[: options.limit]
+    score = multiple_choice(model, tokenizer, questions, by=options.by, template=options.template)
+    print(
+        f"{options.questions}: accuracy {score.accuracy:.3f} (95 % interval {score.low:.3f} to {score.high:.3f}, "
+        f"chance {score.chance:.3f}, {score.n} questions, by {options.by})"
+    )
+
+
+def _import(options: argparse.Namespace) -> None:
+    import torch
+
+    from tokenmill.trainer.checkpoint import save_checkpoint
+    from tokenmill.trainer.model.weights import load_hf
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+    model, config = load_hf(options.source, dtype)
+    save_checkpoint(Path(options.output), model, tokenizer_from=Path(options.source))
+    print(f"{options.output}: {config.parameters():,} parameters, {options.dtype}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from tokenmill.trainer.checkpoint import load_model, resolve_model
+    from tokenmill.trainer.model.weights import save_hf
+
+    folder = resolve_model(options.source)
+    model = load_model(folder, dtype=None)
+    save_hf(model, options.output, tokenizer_from=folder)
+    print(f"{options.output}: {model.config.parameters():,} parameters")

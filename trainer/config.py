@@ -1,0 +1,244 @@
+"""Recipes: frozen dataclasses read from TOML, overridden by `--section.key=value`, and checked to the last key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from tokenmill.trainer.model.config import ModelConfig
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A recipe that says something impossible; the message names the key and what was expected."""
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Where the weights come from: a folder, or a new model of a given shape."""
+
+    path: str | None = None  # a Hugging Face folder, a checkpoint, or the output folder of an earlier run
+    new: ModelConfig | None = None  # [model.new]: random weights, from `seed`
+
+
+@dataclass(frozen=True)
+class StreamSection:
+    stream: str  # folder that `tokenmill prepare` wrote
+    weight: float = 1.0  # share of the packs, relative to the other sources
+
+
+@dataclass(frozen=True)
+class DataSection:
+    sources: tuple[StreamSection, ...]  # [[data.sources]]
+    sequence_length: int  # tokens of a pack, and the longest part of a document
+    packs_per_step: int  # over all micro-batches and ranks
+    packs_per_micro_batch: int = 1
+    validation: tuple[str, ...] = ()  # streams whose losses are reported apart, under their folders' names
+    validation_tokens: int | None = None  # of each; None: all
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """How long: exactly one of steps, tokens (planned: packs times their length) and epochs."""
+
+    steps: int | None = None
+    tokens: int | None = None
+    epochs: float | None = None
+    precision: Literal["fp32"] = "fp32"
+    validate_every: int | None = None  # steps; None: at the end only
+    checkpoint_every: int | None = None  # steps; None: at the end only
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices; norms are left alone
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: float = 0.03  # share of all steps
+    decay: float = 0.2  # wsd: share of all steps, at the end
+    final: float = 0.1  # of the peak, where cosine and wsd end
+
+
+@dataclass(frozen=True)
+class LossSection:
+    balance: float = 0.01  # weight of the load-balancing loss: 1 when tokens spread evenly over experts
+    router_z: float = 0.001  # weight of the routers' mean squared log-sum-exp
+    z: float = 0.0  # weight of the head's squared log-sum-exp
+    neftune_alpha: float = 0.0  # sft only; the NEFTune paper uses 5, 10 or 15
+
+
+@dataclass(frozen=True)
+class KernelsSection:
+    attention: Literal["auto", "flash", "sdpa", "reference"] = "auto"
+    moe: Literal["auto", "grouped_mm", "reference"] = "auto"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    objective: Literal["pretrain", "sft"]
+    output: str  # folder for checkpoints, metrics.jsonl and the resolved recipe
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    optimizer: OptimizerSection
+    seed: int = 0
+    device: str = "auto"  # cuda where there is one, else cpu
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    loss: LossSection = field(default_factory=LossSection)
+    kernels: KernelsSection = field(default_factory=KernelsSection)
+
+    def __post_init__(self) -> None:
+        def expect(condition: bool, key: str, expected: str, got: Any) -> None:
+            if not condition:
+                raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+
+        given = [k for k in ("steps", "tokens", "epochs") if getattr(self.train, k) is not None]
+        expect(len(given) == 1, "train", "exactly one of steps, tokens and epochs", given)
+        expect(
+            getattr(self.train, given[0]) > 0, f"train.{given[0]}", "a positive number", getattr(self.train, given[0])
+        )
+        expect((self.model.path is None) != (self.model.new is None), "model", "either path or [model.new]", self.model)
+        expect(len(self.data.sources) > 0, "data.sources", "at least one source", self.data.sources)
+        for i, source in enumerate(self.data.sources):
+            expect(source.weight > 0, f"data.sources.{i}.weight", "a positive number", source.weight)
+        for key in ("sequence_length", "packs_per_step", "packs_per_micro_batch"):
+            expect(getattr(self.data, key) > 0, f"data.{key}", "a positive integer", getattr(self.data, key))
+        expect(self.data.sequence_length > 1, "data.sequence_length", "at least 2 tokens", self.data.sequence_length)
+        for key in ("validate_every", "checkpoint_every", "keep_checkpoints"):
+            value = getattr(self.train, key)
+            expect(value is None or value > 0, f"train.{key}", "a positive integer", value)
+        expect(self.optimizer.learning_rate > 0, "optimizer.learning_rate", "> 0", self.optimizer.learning_rate)
+        expect(self.optimizer.clip_norm > 0, "optimizer.clip_norm", "> 0", self.optimizer.clip_norm)
+        for key in ("warmup", "decay", "final"):
+            value = getattr(self.schedule, key)
+            expect(0 <= value <= 1, f"schedule.{key}", "a share between 0 and 1", value)
+        expect(self.schedule.warmup + self.schedule.decay <= 1, "schedule", "warmup + decay <= 1", self.schedule)
+        for key in ("balance", "router_z", "z", "neftune_alpha"):
+            expect(getattr(self.loss, key) >= 0, f"loss.{key}", "0 or more", getattr(self.loss, key))
+        if self.loss.neftune_alpha and self.objective != "sft":
+            raise ConfigError("loss.neftune_alpha: NEFTune belongs to fine-tuning; set objective = 'sft' or alpha to 0")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides of the form `section.key=value` (a TOML value, or a bare string).
+
+    Relative paths in a recipe are relative to where the command runs, as on the command line.
+    Raises ConfigError naming the file and the key.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return build(Recipe, raw)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.removeprefix("--").partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r}: expected --section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare string: --output=runs/one
+    *parents, last = key.split(".")
+    at: Any = raw
+    for parent in parents:
+        at = at[_index(at, parent, key)] if isinstance(at, list) else at.setdefault(parent, {})
+        if not isinstance(at, (dict, list)):
+            raise ConfigError(f"--{key}: {parent!r} is a value, not a section")
+    if isinstance(at, list):
+        at[_index(at, last, key)] = value
+    else:
+        at[last] = value
+
+
+def _index(items: list[Any], text: str, key: str) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise ConfigError(f"--{key}: {text!r} is not an index below {len(items)}")
+    return int(text)
+
+
+def build(cls: type[T], raw: dict[str, Any], where: str = "") -> T:
+    """A dataclass from plain values, recursively: unknown keys, missing keys and wrong types are errors that name
+    the key. Integers pass for floats; nothing else is converted.
+    """
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where.rstrip('.')}: expected a section, got {raw!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in raw:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1, 0.4)
+            hint = f"did you mean {where}{near[0]}?" if near else f"expected one of {', '.join(fields)}"
+            raise ConfigError(f"unknown key {where}{key}; {hint}")
+    values = {}
+    for name, f in fields.items():
+        if name in raw:
+            values[name] = _value(hints[name], raw[name], where + name)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"key {where}{name} is missing ({_describe(hints[name])})")
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where.rstrip('.')}: {error}") from None
+
+
+def _value(hint: Any, raw: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), raw, where + ".")
+    if origin in (types.UnionType, typing.Union):
+        return None if raw is None else _value(next(a for a in args if a is not type(None)), raw, where)
+    if origin is Literal and raw in args:
+        return raw
+    if origin is tuple and isinstance(raw, list):
+        kinds = [args[0]] * len(raw) if args[-1] is Ellipsis else args
+        if len(kinds) == len(raw):
+            return tuple(
+                _value(kind, item, f"{where}.{i}") for i, (kind, item) in enumerate(zip(kinds, raw, strict=True))
+            )
+    if hint is float and isinstance(raw, (int, float)) and not isinstance(raw, bool):
+        return float(raw)
+    if isinstance(hint, type) and type(raw) is hint:
+        return raw
+    raise ConfigError(f"{where}: expected {_describe(hint)}, got {raw!r}")
+
+
+def _describe(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _describe(next(a for a in args if a is not type(None)))
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin is tuple:
+        return f"a list of {_describe(args[0])}"
+    if dataclasses.is_dataclass(hint):
+        return f"a section with {', '.join(f.name for f in dataclasses.fields(hint))}"
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    return names.get(hint, str(hint))

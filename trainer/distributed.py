@@ -1,0 +1,89 @@
+"""Processes and sharding: beside the model, never in it.
+
+Under `torchrun` every process holds a shard of each parameter (FSDP2: Zhao et al., 2023): a block's weights are
+gathered when it runs and its gradients summed and scattered when it is done. The losses are already divided by the
+whole step's weight, so gradients are summed over ranks, not averaged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from tokenmill.trainer.model import Transformer
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others of a run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None  # None: a single process that shards nothing
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def world(device: str, *, sharded: bool) -> Iterator[World]:
+    """Join the processes that `torchrun` started (none: a world of one), and leave them at the end.
+
+    `device`: auto, cpu or cuda. `sharded` makes a mesh even of one process, for what only sharding offers.
+    Raises ValueError where the device is not there.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but torch sees no GPU; set device to auto or cpu")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    local = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+    if size == 1 and not sharded:
+        yield World(rank, size, local, None)
+        return
+    backend = "nccl" if kind == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield World(rank, size, local, init_device_mesh(kind, (size,), mesh_dim_names=("shard",)))
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: Transformer, world: World, precision: str) -> None:
+    """FSDP2, one block a unit. The head is a unit of its own: its forward is the whole loss of a micro-batch, so it is
+    gathered once for all of the loss's chunks.
+    """
+    if world.mesh is None:
+        return
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16-mixed":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for unit in [model.embed, *model.blocks, model.head, model]:
+        fully_shard(unit, mesh=world.mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            if world.device.type == "cpu":  # gloo has no reduction that divides on the way
+                module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,1 @@
+"""How well a model answers: tasks (files of questions), prompts (questions as token ids), score (the accuracy)."""

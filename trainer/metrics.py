@@ -1,0 +1,119 @@
+"""What a step reports: one record, to the console and as a JSON line."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tokenmill.data.batch import Batch
+from tokenmill.trainer.files import replace_file
+from tokenmill.trainer.model import ModelConfig
+from tokenmill.trainer.model.config import attended_pairs
+
+# Dense bf16 tensor-core peaks, FLOP/s, from the vendor's data sheets; the first name that matches counts.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    step: int  # optimizer steps done
+    tokens: int  # rows of real documents, cumulative
+    loss: float  # mean negative log-likelihood a target, nats
+    balance: float  # load-balancing loss, 1 when even; 0 for a dense model
+    grad_norm: float  # before clipping
+    lr: float
+    tokens_per_second: float  # of this step, data wait included, over all ranks
+    tflops: float  # TFLOP/s a device, exact count
+    mfu: float | None  # 6 N tokens over the device's peak; None where the peak is not known
+    mfu_exact: float | None  # windowed attention and active experts only
+    data_wait: float  # seconds the step waited for its batch
+    memory: float  # peak GiB: allocated on a GPU, resident on a CPU
+    skipped: int  # steps left out so far, since a loss or gradient was not finite
+    expert_load: list[list[float]] | None  # [layer][expert] share of this step's tokens
+
+
+def exact_flops(config: ModelConfig, batches: list[Batch]) -> float:
+    """Floating-point operations of a forward and backward pass over `batches` (still on the CPU)."""
+    lengths = np.concatenate([np.diff(batch.layout.cu_seqlens.numpy()) for batch in batches])
+    pairs = sum(attended_pairs(int(length), config.sliding_window) for length in lengths)
+    return config.flops(int(lengths.sum()), pairs)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak, where it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this process so far, GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class MetricsLog:
+    """`metrics.jsonl` and the console. A resumed run goes on where its checkpoint was: later lines are dropped."""
+
+    def __init__(self, folder: Path, step: int, steps: int, console: Literal["lines", "bar"], title: str) -> None:
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+            replace_file(path, "".join(kept) if step else "")
+        self._file = path.open("a")
+        self._bar = None
+        if console == "bar":
+            self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", dynamic_ncols=True, mininterval=1.0)
+        self._steps = steps
+
+    def step(self, record: StepRecord) -> None:
+        self._write(asdict(record))
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} tok/s", refresh=False)
+            self._bar.update()
+            return
+        mfu = "" if record.mfu is None else f"  mfu {record.mfu:.1%} (exact {record.mfu_exact:.1%})"
+        skipped = f"  skipped {record.skipped}" if record.skipped else ""
+        print(
+            f"step {record.step}/{self._steps}  loss {record.loss:.4f}  norm {record.grad_norm:.3f}  lr {record.lr:.2e}"
+            f"  {record.tokens_per_second:,.0f} tok/s  {record.tflops:.3g} TFLOP/s{mfu}"
+            f"  wait {record.data_wait * 1e3:.1f} ms  {record.memory:.2f} GiB{skipped}",
+            flush=True,
+        )
+
+    def validation(self, step: int, tokens: int, losses: dict[str, float]) -> None:
+        self._write({"step": step, "tokens": tokens, "validation": losses})
+        self.say(f"step {step}/{self._steps}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+
+    def say(self, text: str) -> None:
+        """A line for people, kept clear of the progress bar."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # a line that a kill cut short
