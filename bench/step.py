@@ -64,7 +64,7 @@ def compare(model: Transformer, loader: Loader, optimizer: OptimizerSection, ste
             updates[name].step()
             updates[name].zero_grad(set_to_none=True)
             result.setdefault(name, []).append(time.perf_counter() - begin)
-            result.setdefault(f"{name} loss", []).append(float(loss))
+            result.setdefault(f"{name} loss", []).append(loss.item())
     return result
 
 

@@ -207,11 +207,11 @@ def pick_device(name: str) -> torch.device:
 
 def build_model(recipe: Recipe) -> Transformer:
     """The recipe's model, on the CPU, with weights loaded or made from the seed."""
-    backends = {"attention": recipe.kernels.attention, "moe": recipe.kernels.moe}
+    kernels = recipe.kernels
     if recipe.model.path is not None:
-        return load_model(recipe.model.path, **backends)
+        return load_model(recipe.model.path, attention=kernels.attention, moe=kernels.moe)
     assert recipe.model.new is not None
-    model = Transformer(recipe.model.new, **backends)
+    model = Transformer(recipe.model.new, attention=kernels.attention, moe=kernels.moe)
     model.initialise(recipe.seed)
     return model
 

@@ -28,4 +28,6 @@ class TrainState:
     @staticmethod
     def from_json(raw: dict[str, Any]) -> TrainState:
         fractions = raw["expert_fractions"]
-        return TrainState(**raw | {"expert_fractions": None if fractions is None else torch.tensor(fractions)})
+        state = TrainState(**raw)
+        state.expert_fractions = None if fractions is None else torch.tensor(fractions)
+        return state

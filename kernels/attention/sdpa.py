@@ -77,10 +77,10 @@ def _groups(tiles: list[_Tile]) -> Iterator[list[_Tile]]:
     group: list[_Tile] = []
     for tile in sorted(tiles, reverse=True):
         if group:
-            largest = group[0]
-            rows_fit = tile.rows >= min(largest.rows * 3 // 4, largest.rows - 16)
-            spans_fit = tile.span >= min(largest.span * 3 // 4, largest.span - 16)
-            if tile.masked != largest.masked or not rows_fit or not spans_fit:
+            masked, rows, span, *_ = group[0]
+            rows_fit = rows - tile.rows <= max(16, rows // 4)
+            spans_fit = abs(span - tile.span) <= max(16, span // 4)
+            if tile.masked != masked or not rows_fit or not spans_fit:
                 yield group
                 group = []
         group.append(tile)

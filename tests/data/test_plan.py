@@ -67,10 +67,11 @@ def test_is_kept_beside_the_stream_and_mapped(make_stream):
 
 
 def test_a_plan_of_another_stream_or_a_damaged_one_is_made_again(make_stream, tmp_path):
-    first, second = make_stream(LENGTHS, "a"), make_stream(LENGTHS, "b", seed=1)
+    first, second = make_stream(LENGTHS, "a"), make_stream(LENGTHS[::-1], "b")
     kept = tmp_path / "plans"
-    assert Plan.make(first, 16, kept).fingerprint != Plan.make(second, 16, kept).fingerprint
-    want = Plan.make(second, 16, kept)
+    want = Plan.make(second, 16)
+    assert not np.array_equal(Plan.make(first, 16, kept).documents, want.documents)
+    assert np.array_equal(Plan.make(second, 16, kept).documents, want.documents)
     for path in sorted((kept / "plan-16").iterdir()):
         content = bytearray(path.read_bytes())
         content[-3] ^= 1

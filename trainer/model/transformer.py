@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,13 +76,12 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, layout: Layout
     ) -> tuple[Tensor, Tensor, moe_kernels.Routing | None]:
-        x, residual = self.attention_norm(x, residual)
-        x = self.attention(x, layout)
-        x, residual = self.feed_forward_norm(x, residual)
+        x, stream = self.attention_norm(x, residual)
+        x, stream = self.feed_forward_norm(self.attention(x, layout), stream)
         if isinstance(self.feed_forward, MoELayer):
             x, routing = self.feed_forward(x, layout)
-            return x, residual, routing
-        return self.feed_forward(x), residual, None
+            return x, stream, routing
+        return self.feed_forward(x), stream, None
 
 
 class Head(nn.Module):
@@ -94,7 +93,7 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.dim))
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, *, output: str = "loss", **options):
+    def forward(self, hidden: Tensor, targets: Any = None, *, output: str = "loss", **options: Any) -> Any:
         match output:
             case "loss":
                 return linear_cross_entropy(hidden, self.weight, targets, **options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +73,7 @@ def layout_of(config: ModelConfig) -> dict[str, Rows]:
     return where
 
 
-def _view(parameters: dict[str, Tensor], rows: Rows) -> Tensor:
+def view_of(parameters: Mapping[str, Tensor], rows: Rows) -> Tensor:
     """The part of our parameter that holds one of their tensors, as a view of their shape."""
     ours = parameters[rows.ours]
     if len(rows.shape) == 1:
@@ -177,7 +177,7 @@ def load_weights(model: Transformer, folder: str | Path) -> None:
             raise ValueError(f"{file}: tensor {name!r} is there a second time")
         if tuple(tensor.shape) != where[name].shape:
             raise ValueError(f"{file}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {where[name].shape}")
-        _view(parameters, where[name]).copy_(tensor)
+        view_of(parameters, where[name]).copy_(tensor)
         del missing[name]
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {next(iter(missing))!r}")
@@ -207,7 +207,7 @@ def save_hf(model: Transformer, folder: str | Path, *, tokenizer_from: str | Pat
         shards: list[dict[str, Tensor]] = [{}]
         size = total = 0
         for name, rows in where.items():
-            tensor = _view(parameters, rows)
+            tensor = view_of(parameters, rows)
             if size and size + tensor.nbytes > SHARD_BYTES:
                 shards.append({})
                 size = 0

@@ -1,6 +1,7 @@
 """What the flat token axis promises: documents do not see each other, and how they are cut changes nothing."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tokenmill.trainer.config import LossSection
 from tokenmill.trainer.model import ModelConfig, MoEConfig, Transformer
 from tokenmill.trainer.objectives.pretrain import StepContext, pretrain
 
-BASE = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=89)
+BASE: dict[str, Any] = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=89)
 CONFIGS = {
     "dense": ModelConfig(**BASE, sliding_window=7),
     "experts": ModelConfig(**BASE, sliding_window=5, moe=MoEConfig(4, 2)),
