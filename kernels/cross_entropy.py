@@ -97,22 +97,22 @@ def _rows_torch(
 
 @triton.jit
 def _rows_kernel(
-    logits, targets, weights, nll, lse, correct, vocab, z_loss,
-    GRADIENT: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr,
+    logits, targets, weights, nll, lse, correct, z_loss,
+    VOCAB: tl.constexpr, GRADIENT: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of logits a program. ONCE: the row fits in a block and is read once, else twice."""
     row = tl.program_id(0).to(tl.int64)
-    logits += row * vocab
+    logits += row * VOCAB
     columns = tl.arange(0, BLOCK)
 
     # Read before the reductions below, whose barriers keep it ahead of the gradient that overwrites it. A target
     # outside the vocabulary shows as NaN.
     target = tl.load(targets + row)
-    in_range = (target >= 0) & (target < vocab)
+    in_range = (target >= 0) & (target < VOCAB)
     at_target = tl.load(logits + target, mask=in_range, other=float("nan")).to(tl.float32)
 
     if ONCE:
-        x = tl.load(logits + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits + columns, mask=columns < VOCAB, other=float("-inf")).to(tl.float32)
         top, best = tl.max(x, 0, return_indices=True)
         exponentials = tl.exp(x - top)
         total = tl.sum(exponentials, 0)
@@ -120,8 +120,8 @@ def _rows_kernel(
         top = float("-inf")
         total = 0.0
         best = 0
-        for start in range(0, vocab, BLOCK):
-            x = tl.load(logits + start + columns, mask=start + columns < vocab, other=float("-inf")).to(tl.float32)
+        for start in range(0, VOCAB, BLOCK):
+            x = tl.load(logits + start + columns, mask=start + columns < VOCAB, other=float("-inf")).to(tl.float32)
             block_top, block_best = tl.max(x, 0, return_indices=True)
             best = tl.where(block_top > top, start + block_best, best)
             new_top = tl.maximum(top, block_top)
@@ -139,12 +139,12 @@ def _rows_kernel(
         scale = weight * (1.0 + 2.0 * z_loss * row_lse)
         if ONCE:
             gradient = exponentials * (scale / total)  # pyright: ignore[reportPossiblyUnboundVariable]
-            tl.store(logits + columns, gradient, mask=columns < vocab)
+            tl.store(logits + columns, gradient, mask=columns < VOCAB)
         else:
-            for start in range(0, vocab, BLOCK):
+            for start in range(0, VOCAB, BLOCK):
                 here = start + columns
-                x = tl.load(logits + here, mask=here < vocab, other=0.0).to(tl.float32)
-                tl.store(logits + here, tl.exp(x - row_lse) * scale, mask=here < vocab)
+                x = tl.load(logits + here, mask=here < VOCAB, other=0.0).to(tl.float32)
+                tl.store(logits + here, tl.exp(x - row_lse) * scale, mask=here < VOCAB)
         tl.debug_barrier()  # the target's own element comes last, and alone: compared in each, it would spill registers
         tl.store(logits + target, tl.exp(at_target - row_lse) * scale - weight, mask=in_range)
 
@@ -154,8 +154,8 @@ def _rows_triton(
 ) -> None:
     """As `_rows_torch`."""
     rows, vocab = logits.shape
-    settings: dict[str, Any] = launch.cross_entropy_row(vocab) | {"GRADIENT": weights is not None}
-    _rows_kernel[(rows,)](logits, targets, weights, nll, lse, correct, vocab, z_loss, **settings)
+    settings: dict[str, Any] = launch.cross_entropy_row(vocab) | {"VOCAB": vocab, "GRADIENT": weights is not None}
+    _rows_kernel[(rows,)](logits, targets, weights, nll, lse, correct, z_loss, **settings)
 
 
 @triton.jit

@@ -86,9 +86,10 @@ def _halves(value: Tensor) -> tuple[Tensor, Tensor]:
     return value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF
 
 
-def _embed_torch(tokens: Tensor, weight: Tensor, noise: tuple[Tensor, ...] | None) -> Tensor:
+def reference(tokens: Tensor, weight: Tensor, noise: list[Tensor]) -> Tensor:
+    """The lookup, with noise if `noise` is what `_noise_tensors` makes, without if it is empty."""
     rows = F.embedding(tokens, weight)
-    if noise is None:
+    if not noise:
         return rows
     segments, positions, document_ids, scales, seed, step = noise
     scale = scales[segments, None]
@@ -158,16 +159,17 @@ def _sum_pieces_kernel(
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = channels < dim
     first = piece * PIECE
-    end = tl.minimum(first + PIECE, count)
     token = tl.load(sorted_tokens + first)
     began_here = tl.load(sorted_tokens + first - 1, mask=first > 0, other=-1) != token
     partials += piece.to(tl.int64) * 2 * dim + channels
     total = tl.zeros((BLOCK,), tl.float32)
 
-    for i in range(first, end):
-        row = tl.load(order + i)
-        total += tl.load(d_out + row * dim + channels, mask=mask, other=0.0).to(tl.float32)
-        following = tl.load(sorted_tokens + i + 1, mask=i + 1 < count, other=-1)
+    for i in range(PIECE):
+        at = first + i
+        row = tl.load(order + at, mask=at < count, other=0)
+        present = channels < tl.where(at < count, dim, 0)
+        total += tl.load(d_out + row * dim + channels, mask=present, other=0.0).to(tl.float32)
+        following = tl.load(sorted_tokens + at + 1, mask=at + 1 < count, other=-1)
         if following != token:  # the run ends here
             if began_here:
                 own = _row_mask(token, vocab, channels, dim)
@@ -178,7 +180,7 @@ def _sum_pieces_kernel(
             began_here = True
         token = following
 
-    if token == tl.load(sorted_tokens + end - 1):  # the run goes on in the next piece
+    if token == tl.load(sorted_tokens + first + PIECE - 1, mask=first + PIECE <= count, other=-2):  # the run goes on
         tl.store(partials + tl.where(began_here, dim, 0), total, mask=mask)
 
 
@@ -196,11 +198,10 @@ def _join_pieces_kernel(sorted_tokens, partials, d_weight, count, vocab, dim, PI
     if goes_on & began_here:
         part = partials + piece.to(tl.int64) * 2 * dim + channels
         total = tl.load(part + dim, mask=mask, other=0.0)
-        while goes_on:
+        while tl.load(sorted_tokens + end, mask=end < count, other=-1) == token:
             part += 2 * dim
             end += PIECE
             total += tl.load(part, mask=mask, other=0.0)
-            goes_on = tl.load(sorted_tokens + end, mask=end < count, other=-1) == token
         own = _row_mask(token, vocab, channels, dim)
         tl.store(d_weight + token.to(tl.int64) * dim + channels, total, mask=own)
 
@@ -209,15 +210,14 @@ def _join_pieces_kernel(sorted_tokens, partials, d_weight, count, vocab, dim, PI
 
 
 @torch.library.custom_op("tokenmill::embed", mutates_args=())
-def _embed_triton(
-    tokens: Tensor, weight: Tensor, segments: Tensor | None, positions: Tensor | None, document_ids: Tensor | None,
-    scales: Tensor | None, seed: Tensor | None, step: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The lookup, with noise where its tensors are given: (T,) segments and positions, (N,) ids and scales."""
+def _embed(tokens: Tensor, weight: Tensor, noise: list[Tensor], use_triton: bool) -> Tensor:
+    if not use_triton:  # in the operator too: a compiler that saw the sum could fuse it with the product
+        return reference(tokens, weight, noise)
+    segments, positions, document_ids, scales, seed, step = noise or [None] * 6
     vocab, dim = weight.shape
     out = weight.new_empty(tokens.numel(), dim)
     if out.numel():
-        settings: dict[str, Any] = launch.channels(dim) | {"NOISE": scales is not None}
+        settings: dict[str, Any] = launch.channels(dim) | {"NOISE": bool(noise)}
         _embed_kernel[(tokens.numel(), triton.cdiv(dim, settings["BLOCK"]))](
             tokens.contiguous(), weight.contiguous(), out, segments, positions, document_ids, scales, seed, step,
             vocab, dim, **settings,
@@ -225,14 +225,16 @@ def _embed_triton(
     return out
 
 
-@_embed_triton.register_fake
-def _(tokens, weight, segments, positions, document_ids, scales, seed, step):
+@_embed.register_fake
+def _(tokens, weight, noise, use_triton):
     return weight.new_empty(tokens.numel(), weight.shape[1])
 
 
 @torch.library.custom_op("tokenmill::embed_backward", mutates_args=())
-def _embed_backward(d_out: Tensor, tokens: Tensor, vocab: int) -> Tensor:
+def _embed_backward(d_out: Tensor, tokens: Tensor, vocab: int, use_triton: bool) -> Tensor:
     """(V, D) of d_out's dtype from d_out (T, D), summed in fp32; 0 where a row was not looked up."""
+    if not use_triton:
+        return torch.ops.aten.embedding_dense_backward(d_out, tokens, vocab, -1, False)
     count, dim = d_out.shape
     d_weight = d_out.new_zeros(vocab, dim)
     if d_out.numel():
@@ -248,22 +250,22 @@ def _embed_backward(d_out: Tensor, tokens: Tensor, vocab: int) -> Tensor:
 
 
 @_embed_backward.register_fake
-def _(d_out, tokens, vocab):
+def _(d_out, tokens, vocab, use_triton):
     return d_out.new_empty(vocab, d_out.shape[1])
 
 
 def _setup(ctx, inputs, output) -> None:
-    tokens, weight, *_ = inputs
+    tokens, weight, _, ctx.use_triton = inputs
     ctx.save_for_backward(tokens)
     ctx.vocab = weight.shape[0]
 
 
 def _backward(ctx, d_out):
     (tokens,) = ctx.saved_tensors
-    return None, _embed_backward(d_out, tokens, ctx.vocab), *[None] * 6
+    return None, _embed_backward(d_out, tokens, ctx.vocab, ctx.use_triton), None, None
 
 
-_embed_triton.register_autograd(_backward, setup_context=_setup)
+_embed.register_autograd(_backward, setup_context=_setup)
 
 
 # ---------------------------------------------------------------------------------------------------- public function
@@ -286,20 +288,23 @@ def embed(
     """
     if tokens.ndim != 1 or weight.ndim != 2:
         raise ValueError(f"expected tokens (T,) and weight (V, D), got {[*tokens.shape]} and {[*weight.shape]}")
-    made = None if noise is None else _noise_tensors(noise, layout, tokens, weight.shape[1])
-    if choose(backend, tokens, weight) == "torch":
-        return _embed_torch(tokens, weight, made)
-    return _embed_triton(tokens, weight, *(made or [None] * 6))
+    made = [] if noise is None else _noise_tensors(noise, layout, tokens, weight.shape[1])
+    use_triton = choose(backend, tokens, weight) == "triton"
+    if not made and not use_triton:
+        return F.embedding(tokens, weight)
+    return _embed(tokens, weight, made, use_triton)
 
 
-def _noise_tensors(noise: Noise, layout: Layout | None, tokens: Tensor, dim: int) -> tuple[Tensor, ...] | None:
-    """(segments, positions, document_ids, scales, seed, step) on the tokens' device, without waiting for it."""
+def _noise_tensors(noise: Noise, layout: Layout | None, tokens: Tensor, dim: int) -> list[Tensor]:
+    """segments (T,), positions (T,), document_ids (N,), scales (N,), seed and step (), on the tokens' device, made
+    without waiting for it; empty where alpha is 0.
+    """
     if layout is None:
         raise ValueError("noise needs a layout: its scale and its bits depend on the documents")
     if layout.positions.shape != tokens.shape:
         raise ValueError(f"the layout has {layout.positions.numel()} rows, tokens {tokens.numel()}")
     if not isinstance(noise.alpha, Tensor) and noise.alpha == 0:
-        return None
+        return []
 
     def scalar(value: float | Tensor, dtype: torch.dtype) -> Tensor:
         if isinstance(value, Tensor):
@@ -310,4 +315,4 @@ def _noise_tensors(noise: Noise, layout: Layout | None, tokens: Tensor, dim: int
     scales = torch.div(scalar(noise.alpha, torch.float64), root).float()
     scales = torch.where(layout.document_ids == GHOST, 0.0, scales)
     seed, step = scalar(noise.seed, torch.int64), scalar(noise.step, torch.int64)
-    return layout.segment_ids, layout.positions, layout.document_ids, scales, seed, step
+    return [layout.segment_ids, layout.positions, layout.document_ids, scales, seed, step]

@@ -151,7 +151,7 @@ def load_training(folder: Path, model: Transformer, optimizer: torch.optim.Optim
         raise ValueError(f"{folder / MANIFEST}: holds a model only, there is no training to resume")
     _copy_in(folder / "model.safetensors", {name: p.data for name, p in model.named_parameters()})
     names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+    for key, tensor in _read_tensors(folder / "optimizer.safetensors").items():
         kind, _, name = key.partition("/")
         if name not in names:
             raise ValueError(f"{folder / 'optimizer.safetensors'}: {key!r} belongs to no parameter of the model")
@@ -164,11 +164,15 @@ def _optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> 
     return {f"{key}/{name}": value for name, state in states.items() for key, value in state.items()}
 
 
-def _copy_in(file: Path, parameters: dict[str, Tensor]) -> None:
+def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(file)
+        return load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def _copy_in(file: Path, parameters: dict[str, Tensor]) -> None:
+    tensors = _read_tensors(file)
     if odd := tensors.keys() ^ parameters.keys():
         raise ValueError(f"{file}: tensors do not match the model's, for example {min(odd)!r}")
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Attention: each backend against float64 over an explicit list of visible keys; what is chosen; what flash is asked."""
+"""Attention: each backend against float64 over a list of visible keys; what is chosen; what flash is asked."""
 
 from __future__ import annotations
 
@@ -57,12 +57,10 @@ def results(function, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> list[Te
 def with_keys(lengths: list[int], segments: list[list[int]]) -> Layout:
     """Documents of these lengths whose queries see the given rows of k."""
     sizes = torch.tensor([0, *map(len, segments)], dtype=torch.int32)
-    gather = torch.tensor(sum(segments, []), dtype=torch.int64)
+    gather = torch.tensor([row for segment in segments for row in segment], dtype=torch.int64)
     plain = Layout.from_lengths(lengths)
     keys = KeyLayout(gather, sizes.cumsum(0, dtype=torch.int32), bucket(int(sizes.max())))
-    return Layout(
-        plain.positions, plain.cu_seqlens, plain.max_seqlen, plain.document_ids, plain.document_lengths, keys
-    )
+    return Layout(plain.positions, plain.cu_seqlens, plain.max_seqlen, plain.document_ids, plain.document_lengths, keys)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -93,7 +91,7 @@ def test_tiles_equal_the_reference(lengths: list[int], window: int | None, heads
 def test_keys_of_their_own(backend: str, window: int | None):
     prompt = list(range(11))
     layouts = [
-        with_keys([11, 4, 1, 6], [prompt, prompt + [11, 12, 13, 14], prompt + [15], prompt + list(range(16, 22))]),
+        with_keys([11, 4, 1, 6], [prompt, [*prompt, 11, 12, 13, 14], [*prompt, 15], [*prompt, *range(16, 22)]]),
         with_keys([9, 2], [list(range(5, 17)), [17, 18, 19]]),  # a halo of three rows, and of one
         with_keys([1, 1, 1], [[3, 2, 1, 0], [5, 4], [6]]),  # a cache in generation, in any order
         with_keys([3, 5, 2], [[0], [], [1, 2]]),  # queries that see no key
@@ -137,7 +135,7 @@ def test_a_document_knows_nothing_of_its_neighbours(window: int | None):
     d_out[:20], d_out[33:] = 0.0, 0.0
     clean = results(lambda q, k, v: attention(q, k, v, layout, window, "sdpa"), q, k, v, d_out)
     for gradient in clean[1:]:
-        assert gradient[middle].abs().min() > 0 or window is not None
+        assert gradient[middle].any()
         assert gradient[:20].abs().max() == 0 == gradient[33:].abs().max()
     for tensor in (q, k, v):
         tensor[:20], tensor[33:] = float("nan"), float("inf")

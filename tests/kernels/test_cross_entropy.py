@@ -186,7 +186,7 @@ def test_products_and_memory():
     hidden, weight, targets, _ = problem(14, torch.float32)
 
     def products(use: Callable[[], object]) -> float:
-        with torch.profiler.profile(record_shapes=True) as profile:
+        with torch.profiler.profile(record_shapes=True, acc_events=True) as profile:
             use()
         events = profile.key_averages(group_by_input_shape=True)
         assert not any([14, VOCAB] in (event.input_shapes or []) for event in events)

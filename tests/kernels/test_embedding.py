@@ -177,13 +177,13 @@ def test_a_token_outside_the_vocabulary_shows_as_nan():
     assert grad(weight)[:, 0].tolist() == [0.0, 1.0, 1.0]
 
 
-def test_operators_are_well_formed():
+@pytest.mark.parametrize("use_triton", [False, True])
+def test_operators_are_well_formed(use_triton):
     tokens, weight = lookup(20)
     noise = embedding._noise_tensors(Noise(5.0, SEED, STEP), Layout.from_lengths(LENGTHS, IDS), tokens, 20)
-    assert noise is not None
-    torch.library.opcheck(embedding._embed_triton, (tokens, weight, *noise))
-    torch.library.opcheck(embedding._embed_triton, (tokens, weight, *[None] * 6))
-    torch.library.opcheck(embedding._embed_backward, (torch.randn(17, 20), tokens, VOCAB))
+    torch.library.opcheck(embedding._embed, (tokens, weight, noise, use_triton))
+    torch.library.opcheck(embedding._embed, (tokens, weight, [], use_triton))
+    torch.library.opcheck(embedding._embed_backward, (torch.randn(17, 20), tokens, VOCAB, use_triton))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from within inductor

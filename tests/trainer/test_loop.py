@@ -1,0 +1,180 @@
+"""The loop: what a step is, that it learns, and that a run goes on as if it had never stopped."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenmill.trainer.checkpoint import latest_checkpoint, load_model
+from tokenmill.trainer.loop import Trainer
+from tokenmill.trainer.model import Transformer
+
+
+def weights(model: Transformer):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def lines(recipe):
+    return [json.loads(line) for line in (Path(recipe.output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_reports(make_recipe, capsys):
+    recipe = make_recipe("--train.steps=40", "--train.validate_every=20")
+    trainer = Trainer(recipe)
+    before = trainer.validate()["notes"]
+    trainer.train()
+    records = [r for r in lines(recipe) if "loss" in r]
+    validation = [r["validation"]["notes"] for r in lines(recipe) if "validation" in r]
+    assert [r["step"] for r in records] == list(range(1, 41))
+    assert before == pytest.approx(math.log(320), rel=0.05)
+    assert validation[-1] < validation[1] < before
+    assert records[-1]["tokens"] == trainer.state.tokens
+    for record in records:
+        assert record["skipped"] == 0
+        assert record["mfu"] is None
+        for load in record["expert_load"]:
+            assert sum(load) == pytest.approx(1)
+    out = capsys.readouterr().out
+    assert "step 40/40" in out
+    assert "attention sdpa" in out
+
+
+def test_accumulation_does_not_change_the_run(make_recipe, tmp_path):
+    runs = {}
+    for size in (1, 4):
+        recipe = make_recipe(f"--data.packs_per_micro_batch={size}", f"--output={tmp_path / str(size)}")
+        trainer = Trainer(replace(recipe, train=replace(recipe.train, steps=3)))
+        trainer.train()
+        runs[size] = [r["loss"] for r in lines(recipe) if "loss" in r]
+    assert runs[1] == pytest.approx(runs[4], rel=2e-6)
+
+
+def test_stopped_and_resumed_is_bitwise_the_same(make_recipe, tmp_path):
+    whole = Trainer(make_recipe(f"--output={tmp_path / 'whole'}", "--objective=sft", "--loss.neftune_alpha=5"))
+    whole.train()
+    overrides = ["--objective=sft", "--loss.neftune_alpha=5"]
+    first = Trainer(make_recipe(*overrides))
+    for _ in range(7):  # the checkpoint of step 5 is the last; steps 6 and 7 are lost, as by a kill
+        first.log.step(first.step())
+        if first.state.step == 5:
+            first.save()
+    first.log.close()
+    second = Trainer(make_recipe(*overrides))
+    assert second.state.step == 5
+    second.train()
+    for (name, a), b in zip(weights(whole.model).items(), weights(second.model).values(), strict=True):
+        assert torch.equal(a, b), name
+    a, b = ([{**r, **dict.fromkeys(TIMES)} for r in lines(t.recipe)] for t in (whole, second))
+    assert a == b
+
+
+TIMES = ("tokens_per_second", "tflops", "data_wait", "memory")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_is_bitwise_the_same(make_recipe, tmp_path):
+    whole = Trainer(make_recipe(f"--output={tmp_path / 'whole'}", "--train.checkpoint_every=1"))
+    whole.train()
+    make_recipe()
+    draw = random.Random(1)
+    command = [sys.executable, "-m", "tokenmill.trainer", str(tmp_path / "recipe.toml"), f"--output={tmp_path / 'run'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    kills = 0
+    for _ in range(60):
+        process = subprocess.Popen([*command, "--train.checkpoint_every=1"], env=environment, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + draw.uniform(4, 8) if kills < 10 else math.inf
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert process.returncode == 0
+    assert kills > 0
+    again = load_model(tmp_path / "run")
+    for (name, a), b in zip(weights(whole.model).items(), weights(again).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_finished_run_is_left_as_it_is(make_recipe):
+    recipe = make_recipe()
+    Trainer(recipe).train()
+    before = lines(recipe)
+    assert Trainer(recipe).train() == latest_checkpoint(Path(recipe.output))
+    assert lines(recipe) == before
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(make_recipe):
+    trainer = Trainer(make_recipe())
+    trainer.step()
+    before = weights(trainer.model)
+    with torch.no_grad():
+        trainer.model.norm.weight[0] = float("inf")
+    record = trainer.step()
+    assert record.skipped == trainer.state.skipped == 1
+    with torch.no_grad():
+        trainer.model.norm.weight[0] = before["norm.weight"][0]
+    for name, a in weights(trainer.model).items():
+        assert torch.equal(a, before[name]), name
+    assert trainer.step().skipped == 1
+    trainer.log.close()
+
+
+def test_a_model_is_tuned_from_a_run(make_recipe, tmp_path):
+    first = Trainer(make_recipe())
+    first.train()
+    recipe = make_recipe(f"--output={tmp_path / 'second'}")
+    recipe = replace(recipe, objective="sft", model=replace(recipe.model, new=None, path=str(tmp_path / "run")))
+    second = Trainer(recipe)
+    for (name, a), b in zip(weights(first.model).items(), weights(second.model).values(), strict=True):
+        assert torch.equal(a, b), name
+    assert second.state.step == 0
+    second.train()
+
+
+def test_streams_must_fit_the_model(make_recipe, streams, tmp_path):
+    recipe = make_recipe()
+    small = replace(recipe, model=replace(recipe.model, new=replace(recipe.model.new, vocab_size=300)))
+    with pytest.raises(ValueError, match="notes: its tokenizer has 320 pieces, the model's vocabulary only 300"):
+        Trainer(small)
+    from tokenmill.data.prepare import prepare
+    from tokenmill.data.tokenizer import train_tokenizer
+
+    other = train_tokenizer(["a completely different text about other things"] * 50, 280, tmp_path / "other.model")
+    prepare([streams / "notes.jsonl"], other, tmp_path / "foreign", progress=False)
+    with pytest.raises(ValueError, match="foreign: was prepared with another tokenizer"):
+        Trainer(make_recipe(f'--data.validation=["{tmp_path / "foreign"}"]'))
+    Trainer(recipe).train()
+    tuned = replace(
+        make_recipe(f"--output={tmp_path / 'x'}", f'--data.sources=[{{stream="{tmp_path / "foreign"}"}}]'),
+        model=replace(recipe.model, new=None, path=recipe.output),
+    )
+    with pytest.raises(ValueError, match="foreign: was prepared with another tokenizer"):
+        Trainer(replace(tuned, data=replace(tuned.data, validation=())))
+
+
+def test_other_data_under_a_checkpoint_is_refused(make_recipe):
+    Trainer(make_recipe()).train()
+    with pytest.raises(ValueError, match="fingerprint"):
+        Trainer(make_recipe("--data.sequence_length=32", "--train.steps=20"))
+
+
+def test_the_resolved_recipe_is_saved(make_recipe):
+    recipe = make_recipe("--optimizer.eps=1e-6")
+    Trainer(recipe).train()
+    saved = json.loads((Path(recipe.output) / "recipe.json").read_text())
+    assert saved == json.loads(json.dumps(asdict(recipe)))
+    newest = latest_checkpoint(Path(recipe.output))
+    assert newest is not None
+    assert json.loads((newest / "checkpoint.json").read_text())["recipe"] == saved
