@@ -255,14 +255,14 @@ def _(d_out, tokens, vocab, use_triton):
 
 
 def _setup(ctx, inputs, output) -> None:
-    tokens, weight, _, ctx.use_triton = inputs
+    tokens, weight, noise, ctx.use_triton = inputs
     ctx.save_for_backward(tokens)
-    ctx.vocab = weight.shape[0]
+    ctx.vocab, ctx.noise_tensors = weight.shape[0], len(noise)
 
 
 def _backward(ctx, d_out):
     (tokens,) = ctx.saved_tensors
-    return None, _embed_backward(d_out, tokens, ctx.vocab, ctx.use_triton), None, None
+    return None, _embed_backward(d_out, tokens, ctx.vocab, ctx.use_triton), [None] * ctx.noise_tensors, None
 
 
 _embed.register_autograd(_backward, setup_context=_setup)

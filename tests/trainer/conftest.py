@@ -44,7 +44,7 @@ def streams(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("streams")
     draw = random.Random(0)
-    words = [
+    words = "fever cough pain rash given for days after morning dose iron scan".split()  # noqa: SIM905
         "fever",
         "cough",
         "pain",
