@@ -28,7 +28,7 @@ def cross_entropy_chunk(vocab: int, itemsize: int, on_gpu: bool) -> int:
     On a GPU few and large chunks, since each reads and writes the whole gradient of the weight: 256 MiB, 4096 rows of
     32,000 bf16 logits. On a CPU what its cache keeps between the passes.
     """
-    budget, most = (256 << 20, 4096) if on_gpu else (16 << 20, 1024)
+    budget, most = (256 << 20, 4096) if on_gpu else (32 << 20, 1024)
     rows = budget // (vocab * itemsize)
     return max(128, min(most, rows // 128 * 128))
 

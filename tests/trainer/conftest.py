@@ -45,23 +45,6 @@ def streams(tmp_path_factory):
     folder = tmp_path_factory.mktemp("streams")
     draw = random.Random(0)
     words = "fever cough pain rash given for days after morning dose iron scan".split()  # noqa: SIM905
-        "fever",
-        "cough",
-        "pain",
-        "rash",
-        "given",
-        "for",
-        "days",
-        "after",
-        "the",
-        "morning",
-        "dose",
-        "of",
-        "iron",
-        "and",
-        "a",
-        "scan",
-    ]
     notes = [" ".join(draw.choices(words, k=draw.randrange(3, 60))) + "." for _ in range(150)]
     model = train_tokenizer(notes, 320, folder / "tokenizer.model")
     (folder / "notes.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in notes))
