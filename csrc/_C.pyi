@@ -8,9 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:
     """Philox4x32-10 of a counter of four 32-bit words and a key of two: four 32-bit words."""
 
-def neftune_uniform(
-    seed: int, step: int, document_id: int, position: int, count: int, dim: int
-) -> NDArray[np.float32]:
+def neftune_uniform(seed: int, step: int, document_id: int, position: int, count: int, dim: int) -> NDArray[np.float32]:
     """(count, dim) float32 in (-1, 1): NEFTune's noise, unscaled, for rows `position` to `position + count` of a
     document."""
 

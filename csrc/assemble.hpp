@@ -121,8 +121,8 @@ inline void assemble(const std::vector<Shard>& shards, const Parts& parts, const
   };
   std::vector<std::jthread> team;
   for (std::int64_t thread = 1; thread < threads; ++thread)
-    team.emplace_back(work, boundary(thread), thread + 1 < threads ? boundary(thread + 1) : n);
-  work(0, threads > 1 ? boundary(1) : n);
+    team.emplace_back(work, boundary(thread), boundary(thread + 1));
+  work(0, boundary(1));
 }
 
 }  // namespace tokenmill

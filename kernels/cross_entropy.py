@@ -72,7 +72,8 @@ def _rows_torch(
     kept = targets != IGNORE
     outside = kept & ((targets < 0) | (targets >= logits.shape[1]))
     if not logits.is_cuda and outside.any():  # a GPU's index kernels check by themselves, and waiting would cost
-        raise ValueError(f"target {int(targets[outside][0])} is not below the vocabulary size {logits.shape[1]}")
+        target = int(targets[outside][0])
+        raise ValueError(f"target {target} is outside the vocabulary of {logits.shape[1]}; {IGNORE} is to be ignored")
     target = torch.where(kept, targets, 0).unsqueeze(1)
     at_target = wide.gather(1, target).squeeze(1)
     top = wide.amax(-1)

@@ -30,7 +30,8 @@ def test_error_is_that_of_pytorch_at_most_twice(shape: tuple[int, int], dtype: t
     ours, theirs = results(rms_norm, x, weight, dy), results(reference, x, weight, dy)
     for a, b, e in zip(ours, theirs, exact, strict=True):
         assert a.dtype == dtype
-        slack = torch.finfo(dtype).eps * e.norm()
+        # Half types are rounded where PyTorch's are; float32 has room to differ where both are near exact.
+        slack = torch.finfo(torch.float32).eps * e.norm()
         assert (a - e).norm() <= 2 * (b - e).norm() + slack
 
 
@@ -43,8 +44,10 @@ def test_equals_hugging_face(dtype: torch.dtype):
     hf_x = x.clone().requires_grad_()
     hf_y = module(hf_x)
     expected = (hf_y, *torch.autograd.grad(hf_y, (hf_x, module.weight), dy))
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
-    for a, b in zip(results(rms_norm, x, weight, dy), expected, strict=True):
+    ours = results(rms_norm, x, weight, dy)
+    # The forward pass rounds where theirs does; their backward rounds more often than ours.
+    tolerances = {torch.float32: [1e-6] * 3, torch.bfloat16: [5e-4, 1e-2, 1e-2]}[dtype]
+    for a, b, tolerance in zip(ours, expected, tolerances, strict=True):
         assert (a - b).norm() <= tolerance * b.norm()
 
 
