@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill import _C
-from tokenmill.kernels.layout import GHOST, Layout, bucket
-
-IGNORE = -100  # the target of a row that predicts nothing, PyTorch's own convention
+from tokenmill.kernels.layout import GHOST, IGNORE, Layout, bucket
 
 
 @dataclass(frozen=True, eq=False)

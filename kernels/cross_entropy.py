@@ -31,8 +31,8 @@ from torch import Tensor
 
 from tokenmill.kernels import launch
 from tokenmill.kernels.backends import Backend, choose
+from tokenmill.kernels.layout import IGNORE
 
-IGNORE = -100  # the target of a row that predicts nothing, PyTorch's own convention
 _IGNORE = tl.constexpr(IGNORE)
 
 

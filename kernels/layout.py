@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+IGNORE = -100  # the target of a row that predicts nothing, PyTorch's own convention
 GHOST = -1  # document_ids of a ghost: padding that has positions but no weight, no noise and no vote in routing
 
 _V = TypeVar("_V")

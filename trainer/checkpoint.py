@@ -1,8 +1,10 @@
 """Checkpoints: tensors in safetensors, the rest in JSON, whole or not at all. Loading one executes nothing of it.
 
 A checkpoint is a folder `step-00000100` with `checkpoint.json` (what it is, the model's shape, the training state,
-the recipe, size and CRC-32 of each file), `model.safetensors` and `optimizer.safetensors` by our parameters' names,
-and the tokenizer. An imported model is the same folder without an optimizer.
+the recipe, size and CRC-32 of each file), the weights and the optimizer's moments by our parameters' names, a file of
+each for every rank that wrote, and the tokenizer. Rank r's file holds its shard: rows [begin, end) of the first
+dimension, by FSDP2's rule. So any number of ranks can read what any number wrote, each only its own rows. An imported
+model is the same folder without an optimizer.
 """
 
 from __future__ import annotations
@@ -12,18 +14,23 @@ import json
 import shutil
 import warnings
 import zlib
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tokenmill.trainer.config import ConfigError, Recipe, build
-from tokenmill.trainer.files import replace_folder
+from tokenmill.trainer.distributed import World
+from tokenmill.trainer.files import replace_folder, sync
 from tokenmill.trainer.model import ModelConfig, Transformer
-from tokenmill.trainer.model.weights import copy_tokenizer, load_hf
+from tokenmill.trainer.model.rows import local_part, shard_bounds
+from tokenmill.trainer.model.weights import copy_tokenizer, load_weights, read_hf_config
 from tokenmill.trainer.state import TrainState
 
 FORMAT = "tokenmill-checkpoint-1"
@@ -34,38 +41,61 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def save_checkpoint(
     folder: Path,
     model: Transformer,
+    world: World | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     state: TrainState | None = None,
     recipe: Recipe | None = None,
     tokenizer_from: Path | None = None,
 ) -> None:
-    """Write a checkpoint that appears whole or not at all. Raises FileExistsError where `folder` is there."""
-    with replace_folder(folder) as temporary:
-        tensors = {name: parameter.data for name, parameter in model.named_parameters()}
-        save_file(tensors, temporary / "model.safetensors")
-        if optimizer is not None:
-            save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-        copy_tokenizer(tokenizer_from, temporary)
-        manifest = {
-            "format": FORMAT,
-            "model": dataclasses.asdict(model.config),
-            "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
-            "state": None if state is None else state.to_json(),
-            "recipe": None if recipe is None else dataclasses.asdict(recipe),
-            "files": {f.name: {"bytes": f.stat().st_size, "crc32": _crc32(f)} for f in sorted(temporary.iterdir())},
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    """Write a checkpoint that appears whole or not at all; every rank calls this and writes its own shard.
+
+    Raises FileExistsError where `folder` is there.
+    """
+    world = world or World()
+    parts = {"model": {name: parameter.data for name, parameter in model.named_parameters()}}
+    if optimizer is not None:
+        parts["optimizer"] = _optimizer_tensors(model, optimizer)
+    with ExitStack() as stack:
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        if world.rank == 0:
+            temporary = stack.enter_context(replace_folder(folder, temporary))
+        world.barrier()
+        facts = {}
+        for kind, tensors in parts.items():
+            file = temporary / _shard_name(kind, world.rank)
+            local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+            save_file(local, file)
+            sync(file)
+            sizes = torch.tensor([file.stat().st_size, _crc32(file)], device=world.device)
+            for rank, values in enumerate(world.gather(sizes)):
+                facts[_shard_name(kind, rank)] = dict(zip(("bytes", "crc32"), values.tolist(), strict=True))
+        if world.rank == 0:
+            copy_tokenizer(tokenizer_from, temporary)
+            for file in temporary.iterdir():
+                facts.setdefault(file.name, {"bytes": file.stat().st_size, "crc32": _crc32(file)})
+            manifest = {
+                "format": FORMAT,
+                "ranks": world.size,
+                "model": dataclasses.asdict(model.config),
+                "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
+                "state": None if state is None else state.to_json(),
+                "recipe": None if recipe is None else dataclasses.asdict(recipe),
+                "files": facts,
+            }
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    world.barrier()
 
 
-def save_step(run: Path, keep: int, model: Transformer, **parts: Any) -> Path:
+def save_step(run: Path, keep: int, model: Transformer, world: World, **parts: Any) -> Path:
     """The checkpoint of a running job: `run/checkpoints/step-N`, of which the last `keep` stay."""
     folder = run / "checkpoints" / f"step-{parts['state'].step:08d}"
-    if folder.exists():  # a damaged one that a resume passed over
+    if world.rank == 0 and folder.exists():  # a damaged one that a resume passed over
         shutil.rmtree(folder)
-    save_checkpoint(folder, model, **parts)
-    for old in _steps(run)[:-keep]:
-        shutil.rmtree(old)
+    save_checkpoint(folder, model, world, **parts)
+    if world.rank == 0:
+        for old in _steps(run)[:-keep]:
+            shutil.rmtree(old)
     return folder
 
 
@@ -118,6 +148,28 @@ def resolve_model(path: str | Path) -> Path:
     return folder
 
 
+def read_config(folder: Path) -> ModelConfig:
+    """The model's shape, of a checkpoint or of a Hugging Face folder. Raises ValueError naming file and key."""
+    if not (folder / MANIFEST).is_file():
+        return read_hf_config(folder)
+    try:
+        return build(ModelConfig, read_manifest(folder).get("model") or {}, "model.")
+    except ConfigError as error:
+        raise ValueError(f"{folder / MANIFEST}: {error}") from None
+
+
+def fill_model(model: Transformer, folder: Path) -> None:
+    """Copy the weights in `folder`, a checkpoint or a Hugging Face folder, into `model`, sharded or not.
+
+    Raises ValueError naming the file or tensor; the model's weights are then undefined.
+    """
+    if (folder / MANIFEST).is_file():
+        parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+        _fill(folder, "model", read_manifest(folder)["ranks"], parameters)
+    else:
+        load_weights(model, folder)
+
+
 def load_model(
     path: str | Path, dtype: torch.dtype | None = torch.float32, *, attention: str = "auto", moe: str = "auto"
 ) -> Transformer:
@@ -127,17 +179,11 @@ def load_model(
     tensor.
     """
     folder = resolve_model(path)
-    if not (folder / MANIFEST).is_file():
-        return load_hf(folder, dtype or torch.float32, attention=attention, moe=moe)[0]
-    manifest = read_manifest(folder)
-    try:
-        config = build(ModelConfig, manifest.get("model") or {}, "model.")
-        dtype = dtype or DTYPES[manifest["dtype"]]
-    except (ConfigError, KeyError) as error:
-        raise ValueError(f"{folder / MANIFEST}: {error}") from None
-    model = Transformer(config, attention=attention, moe=moe, dtype=dtype)
-    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-    _copy_in(folder / "model.safetensors", parameters)
+    if dtype is None:
+        manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+        dtype = DTYPES.get(manifest.get("dtype", ""), torch.float32)
+    model = Transformer(read_config(folder), attention=attention, moe=moe, dtype=dtype)
+    fill_model(model, folder)
     return model
 
 
@@ -149,13 +195,21 @@ def load_training(folder: Path, model: Transformer, optimizer: torch.optim.Optim
     manifest = read_manifest(folder)
     if manifest.get("state") is None:
         raise ValueError(f"{folder / MANIFEST}: holds a model only, there is no training to resume")
-    _copy_in(folder / "model.safetensors", {name: p.data for name, p in model.named_parameters()})
-    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for key, tensor in _read_tensors(folder / "optimizer.safetensors").items():
-        kind, _, name = key.partition("/")
-        if name not in names:
-            raise ValueError(f"{folder / 'optimizer.safetensors'}: {key!r} belongs to no parameter of the model")
-        optimizer.state[names[name]][kind] = tensor if kind == "step" else tensor.to(names[name].device)
+    fill_model(model, folder)
+    file = folder / _shard_name("optimizer", 0)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    moments: dict[str, Tensor] = {}
+    with _open(file) as shard:
+        for key in shard.keys():  # noqa: SIM118  (not a dict)
+            kind, _, name = key.partition("/")
+            if name not in parameters:
+                raise ValueError(f"{file}: {key!r} belongs to no parameter of the model")
+            if shard.get_slice(key).get_shape():
+                moments[key] = torch.zeros_like(parameters[name], dtype=shard.get_tensor(key)[:0].dtype)
+            else:  # a count of steps, kept on the host as torch's fused optimizers do not mind
+                moments[key] = shard.get_tensor(key)
+            optimizer.state[parameters[name]][kind] = moments[key]
+    _fill(folder, "optimizer", manifest["ranks"], {key: t.data for key, t in moments.items()})
     return TrainState.from_json(manifest["state"])
 
 
@@ -164,27 +218,39 @@ def _optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> 
     return {f"{key}/{name}": value for name, state in states.items() for key, value in state.items()}
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _fill(folder: Path, kind: str, ranks: int, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the rows that are here of each tensor out of the files that `ranks` ranks wrote."""
+    for rank in range(ranks):
+        file = folder / _shard_name(kind, rank)
+        with _open(file) as shard:
+            if odd := set(shard.keys()) ^ tensors.keys():
+                raise ValueError(f"{file}: tensors do not match the model's, for example {min(odd)!r}")
+            for name, tensor in tensors.items():
+                if not tensor.dim():
+                    continue  # a count, the same on every rank
+                stored = shard.get_slice(name)
+                begin, end = shard_bounds(tensor.shape[0], rank, ranks)
+                if tuple(stored.get_shape()) != (expected := (end - begin, *tensor.shape[1:])):
+                    raise ValueError(f"{file}: {name!r} has shape {tuple(stored.get_shape())}, expected {expected}")
+                local, first = local_part(tensor)
+                low, high = max(begin, first), min(end, first + local.shape[0])
+                if low < high:
+                    local[low - first : high - first] = stored[low - begin : high - begin]
+
+
+def _open(file: Path) -> Any:
     try:
-        return load_file(file)
+        return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
 
 
-def _copy_in(file: Path, parameters: dict[str, Tensor]) -> None:
-    tensors = _read_tensors(file)
-    if odd := tensors.keys() ^ parameters.keys():
-        raise ValueError(f"{file}: tensors do not match the model's, for example {min(odd)!r}")
-    for name, tensor in tensors.items():
-        if tensor.shape != parameters[name].shape:
-            raise ValueError(
-                f"{file}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}"
-            )
-        parameters[name].copy_(tensor)
-
-
 def _steps(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-[0-9]*"))
+
+
+def _shard_name(kind: str, rank: int) -> str:
+    return f"{kind}-{rank:05d}.safetensors"
 
 
 def _crc32(file: Path) -> int:

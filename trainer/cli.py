@@ -120,17 +120,17 @@ def _train_tokenizer(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from tokenmill.trainer.config import load_recipe
-    from tokenmill.trainer.loop import Trainer
+    from tokenmill.trainer.loop import train
 
-    print(f"trained: {Trainer(load_recipe(options.recipe, options.overrides)).train()}")
+    print(f"trained: {train(load_recipe(options.recipe, options.overrides))}")
 
 
 def _eval(options: argparse.Namespace) -> None:
     from tokenmill.data.tokenizer import Tokenizer
     from tokenmill.trainer.checkpoint import load_model, resolve_model
+    from tokenmill.trainer.distributed import pick_device
     from tokenmill.trainer.evaluate.score import multiple_choice
     from tokenmill.trainer.evaluate.tasks import load_questions
-    from tokenmill.trainer.loop import pick_device
 
     folder = resolve_model(options.model)
     tokenizer = Tokenizer.open(options.tokenizer or folder)

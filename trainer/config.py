@@ -52,7 +52,7 @@ class TrainSection:
     steps: int | None = None
     tokens: int | None = None
     epochs: float | None = None
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["fp32", "bf16-mixed"] = "fp32"  # bf16-mixed: fp32 weights, bf16 products, fp32 reductions
     validate_every: int | None = None  # steps; None: at the end only
     checkpoint_every: int | None = None  # steps; None: at the end only
     keep_checkpoints: int = 2

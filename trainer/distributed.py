@@ -1,8 +1,8 @@
 """Processes and sharding: beside the model, never in it.
 
 Under `torchrun` every process holds a shard of each parameter (FSDP2: Zhao et al., 2023): a block's weights are
-gathered when it runs and its gradients summed and scattered when it is done. The losses are already divided by the
-whole step's weight, so gradients are summed over ranks, not averaged.
+gathered when it runs, its gradients summed and scattered when it is done. The losses are already divided by the whole
+step's weight, so gradients are summed over ranks, not averaged.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -23,12 +23,12 @@ from tokenmill.trainer.model import Transformer
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others of a run."""
+    """This process among the others of a run; alone unless told otherwise."""
 
-    rank: int
-    size: int
-    device: torch.device
-    mesh: DeviceMesh | None  # None: a single process that shards nothing
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None  # None: a single process that shards nothing
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks, in place."""
@@ -36,25 +36,32 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Each rank's values, all of one shape, in the order of ranks."""
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        if self.size == 1:
+            return [values]
+        dist.all_gather(gathered, values)
+        return gathered
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
+    def __str__(self) -> str:
+        return f"{self.size} x {self.device.type}"
+
 
 @contextmanager
-def world(device: str, *, sharded: bool) -> Iterator[World]:
-    """Join the processes that `torchrun` started (none: a world of one), and leave them at the end.
+def join(device: str, *, sharded: bool = False) -> Iterator[World]:
+    """Join the processes that `torchrun` started (without it: a world of one), and leave them at the end.
 
-    `device`: auto, cpu or cuda. `sharded` makes a mesh even of one process, for what only sharding offers.
-    Raises ValueError where the device is not there.
+    `device`: auto (a GPU where there is one), cpu or cuda. `sharded` makes a mesh even of one process, for what only
+    sharding offers. Raises ValueError where the device is not there.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for, but torch sees no GPU; set device to auto or cpu")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    local = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    kind = pick_device(device).type
+    local = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(local)
     if size == 1 and not sharded:
@@ -71,6 +78,15 @@ def world(device: str, *, sharded: bool) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def pick_device(name: str) -> torch.device:
+    """`auto`: a GPU where there is one. Raises ValueError where the device is not known or not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but torch sees no GPU; set device to auto or cpu")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 def shard(model: Transformer, world: World, precision: str) -> None:
     """FSDP2, one block a unit. The head is a unit of its own: its forward is the whole loss of a micro-batch, so it is
     gathered once for all of the loss's chunks.
@@ -80,6 +96,7 @@ def shard(model: Transformer, world: World, precision: str) -> None:
     policy = MixedPrecisionPolicy()
     if precision == "bf16-mixed":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        model.choose_backends(world.device, torch.bfloat16)
     for unit in [model.embed, *model.blocks, model.head, model]:
         fully_shard(unit, mesh=world.mesh, mp_policy=policy)
     for module in model.modules():

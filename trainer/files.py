@@ -11,15 +11,20 @@ from pathlib import Path
 
 
 @contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, filled by the caller, synced, and renamed to it at the end.
+def replace_folder(folder: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """A temporary folder beside `folder`, filled by the caller, synced, and renamed to it at the end. `temporary`
+    names it where several processes fill it; what a killed one left there is removed.
 
     Raises FileExistsError, before any work, where `folder` is there already. On any error nothing is left.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} already exists; remove it or choose another name")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    if temporary is None:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    else:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
     try:
         yield temporary
         for file in temporary.rglob("*"):

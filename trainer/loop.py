@@ -5,38 +5,62 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 import time
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tokenmill.data.batch import Batch
 from tokenmill.data.loader import Loader, Source, sequential_batches
 from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer
-from tokenmill.trainer.checkpoint import latest_checkpoint, load_model, load_training, resolve_model, save_step
+from tokenmill.trainer.checkpoint import (
+    fill_model,
+    latest_checkpoint,
+    load_training,
+    read_config,
+    resolve_model,
+    save_step,
+)
 from tokenmill.trainer.config import Recipe
+from tokenmill.trainer.distributed import World, join, shard
 from tokenmill.trainer.files import replace_file
 from tokenmill.trainer.metrics import MetricsLog, StepRecord, exact_flops, peak_flops, peak_memory
 from tokenmill.trainer.model import Transformer
 from tokenmill.trainer.objectives import Objective, Sft, pretrain
-from tokenmill.trainer.objectives.pretrain import StepContext
+from tokenmill.trainer.objectives.pretrain import StepContext, StepLoss
 from tokenmill.trainer.optim import build_optimizer
 from tokenmill.trainer.schedule import learning_rate
 from tokenmill.trainer.state import TrainState
 
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # a scheduler's way to say: write a checkpoint and leave
+
+
+def train(recipe: Recipe, console: Literal["lines", "bar"] = "lines") -> Path:
+    """Run a recipe on the processes that `torchrun` started, this one alone without it; from where an earlier run of
+    it stopped, if its output folder holds a checkpoint. Returns the last checkpoint.
+
+    Raises ValueError where recipe, model and streams do not fit each other.
+    """
+    with join(recipe.device, sharded=recipe.train.precision == "bf16-mixed") as world:
+        return Trainer(recipe, world, console).train()
+
 
 class Trainer:
-    """One run of one recipe. Made where an earlier run of it stopped, if its output folder holds a checkpoint."""
+    """One run of one recipe, on one rank."""
 
-    def __init__(self, recipe: Recipe, console: Literal["lines", "bar"] = "lines") -> None:
+    def __init__(self, recipe: Recipe, world: World, console: Literal["lines", "bar"] = "lines") -> None:
         self.recipe = recipe
+        self.world = world
         self.output = Path(recipe.output)
-        self.device = pick_device(recipe.device)
         self.sources = [Source(TokenStream.open(s.stream), s.weight) for s in recipe.data.sources]
         self.validation = {Path(folder).name: TokenStream.open(folder) for folder in recipe.data.validation}
-        self.model = build_model(recipe).to(self.device)
+        self.model = build_model(recipe, world)
         self.tokenizer_from = check_streams(recipe, self.model, [s.stream for s in self.sources], self.validation)
         self.objective: Objective = Sft(recipe.seed) if recipe.objective == "sft" else pretrain
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
@@ -45,98 +69,121 @@ class Trainer:
         checkpoint = latest_checkpoint(self.output)
         self.state = TrainState() if checkpoint is None else load_training(checkpoint, self.model, self.optimizer)
         if self.state.expert_fractions is not None:
-            self.state.expert_fractions = self.state.expert_fractions.to(self.device)
+            self.state.expert_fractions = self.state.expert_fractions.to(world.device)
         self.loader = Loader(
             self.sources,
             sequence_length=recipe.data.sequence_length,
             packs_per_step=recipe.data.packs_per_step,
             packs_per_micro_batch=recipe.data.packs_per_micro_batch,
             seed=recipe.seed,
+            rank=world.rank,
+            world=world.size,
         )
         if self.state.data is not None:
             self.loader.load_state_dict(self.state.data)
         self.steps = planned_steps(recipe, self.loader)
-        self.peak = peak_flops(self.device)
-        replace_file(self.output / "recipe.json", json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
-        self.log = MetricsLog(self.output, self.state.step, self.steps, console, self.output.name)
+        self.peak = peak_flops(world.device)
+        self.stopping = False
+        if world.rank == 0:
+            replace_file(self.output / "recipe.json", json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
+        self.log = MetricsLog(
+            self.output, self.state.step, self.steps, console if world.rank == 0 else "none", self.output.name
+        )
         self.log.say(self._banner(checkpoint))
 
     def train(self) -> Path:
-        """Run to the last step and return its checkpoint."""
-        train = self.recipe.train
-        saved = None
+        """Run to the last step, or to the one in which a scheduler asks to stop; returns the last checkpoint."""
+        every = self.recipe.train
+        handlers = {s: signal.signal(s, self._stop) for s in STOPPING}
         try:
-            while self.state.step < self.steps:
+            while self.state.step < self.steps and not self.stopping:
                 self.log.step(self.step())
                 done = self.state.step == self.steps
-                if done or (train.validate_every and self.state.step % train.validate_every == 0):
+                if done or (every.validate_every and self.state.step % every.validate_every == 0):
                     self.validate()
-                if done or (train.checkpoint_every and self.state.step % train.checkpoint_every == 0):
-                    saved = self.save()
+                if done or self.stopping or (every.checkpoint_every and self.state.step % every.checkpoint_every == 0):
+                    self.save()
+            if self.stopping:
+                self.log.say(f"stopped at step {self.state.step} of {self.steps} on request, checkpoint written")
         finally:
             self.log.close()
-        return saved or resolve_model(self.output)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return resolve_model(self.output)
 
     def step(self) -> StepRecord:
         """One optimizer step: its micro-batches forward and backward, clipping, the update, and what to report."""
         begin = time.perf_counter()
         data = next(self.loader)
         data_wait = time.perf_counter() - begin
-        if data.total_weight <= 0:
-            raise ValueError(
-                f"samples {data.samples.start} to {data.samples.stop - 1} hold no target with a loss weight; was the "
-                "stream prepared with answers?"
-            )
         context = StepContext(
             self.state.step, data.total_weight, data.total_tokens, self.state.expert_fractions, self.recipe.loss
         )
         self.model.train()
         parts = []
         for batch in data.micro_batches:
-            part = self.objective(self.model, batch.to(self.device, non_blocking=True), context)
+            part = self.objective(self.model, batch.to(self.world.device, non_blocking=True), context)
             part.total.backward()
             parts.append(part)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_norm)
+        grad_norm = getattr(norm, "full_tensor", lambda: norm)()  # a sharded model's norm is a sum over ranks
         lr = learning_rate(self.state.step, self.steps, self.recipe.optimizer.learning_rate, self.recipe.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = float(torch.stack([part.language for part in parts]).sum())  # waits for the step's kernels
-        if finite := math.isfinite(loss) and math.isfinite(float(grad_norm)):
+
+        flops = exact_flops(self.model.config, data.micro_batches)
+        sums = self._sum_over_ranks(parts, [flops, data_wait, float(self.stopping)])
+        loss, balance, flops, data_wait, stopping = sums[:5].tolist()  # waits for the step's kernels
+        self.stopping = stopping > 0
+        finite = math.isfinite(loss) and math.isfinite(float(grad_norm))
+        if finite:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if parts[0].expert_counts is not None:
-            counts = (
-                torch.stack([part.expert_counts for part in parts if part.expert_counts is not None]).sum(0).float()
+        else:
+            ids = torch.cat([batch.layout.document_ids for batch in data.micro_batches]).tolist()
+            self.log.warn(
+                f"step {self.state.step + 1}: loss {loss}, gradient norm {float(grad_norm)}: left out; {ids=}"
             )
-            self.state.expert_fractions = counts / counts.sum(1, keepdim=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.model.config.moe and finite:
+            counts = sums[5:].view(self.model.config.n_layers, -1)
+            self.state.expert_fractions = (counts / counts.sum(1, keepdim=True)).float()
         self.state.step += 1
         self.state.tokens += data.total_tokens
         self.state.skipped += not finite
         self.state.data = self.loader.state_dict()
 
         seconds = time.perf_counter() - begin
-        flops = exact_flops(self.model.config, data.micro_batches) / seconds
-        six_n = 6 * self.model.config.parameters(active=True) * data.total_tokens / seconds
+        rate = flops / seconds / self.world.size
+        six_n = 6 * self.model.config.parameters(active=True) * data.total_tokens / seconds / self.world.size
         return StepRecord(
             step=self.state.step,
             tokens=self.state.tokens,
             loss=loss,
-            balance=float(torch.stack([part.balance for part in parts]).sum()),
+            balance=balance,
             grad_norm=float(grad_norm),
             lr=lr,
             tokens_per_second=data.total_tokens / seconds,
-            tflops=flops / 1e12,
+            tflops=rate / 1e12,
             mfu=self.peak and six_n / self.peak,
-            mfu_exact=self.peak and flops / self.peak,
-            data_wait=data_wait,
-            memory=peak_memory(self.device),
+            mfu_exact=self.peak and rate / self.peak,
+            data_wait=data_wait / self.world.size,
+            memory=peak_memory(self.world.device),
             skipped=self.state.skipped,
             expert_load=None if self.state.expert_fractions is None else self.state.expert_fractions.tolist(),
         )
 
     def validate(self) -> dict[str, float]:
-        """Mean loss a target on each validation stream, by name."""
-        losses = {name: mean_loss(self.model, self._validation_batches(s)) for name, s in self.validation.items()}
+        """Mean loss a target on each validation stream, by name; the ranks share its batches."""
+        losses = {}
+        for name, stream in self.validation.items():
+            data = self.recipe.data
+            batches = sequential_batches(
+                stream,
+                sequence_length=data.sequence_length,
+                tokens_per_batch=data.sequence_length * data.packs_per_micro_batch,
+                max_tokens=data.validation_tokens,
+            )
+            losses[name] = mean_loss(self.model, batches, self.world)
         if losses:
             self.log.validation(self.state.step, self.state.tokens, losses)
         return losses
@@ -146,27 +193,33 @@ class Trainer:
             self.output,
             self.recipe.train.keep_checkpoints,
             self.model,
+            self.world,
             optimizer=self.optimizer,
             state=self.state,
             recipe=self.recipe,
             tokenizer_from=self.tokenizer_from,
         )
 
-    def _validation_batches(self, stream: TokenStream):
-        data = self.recipe.data
-        return sequential_batches(
-            stream,
-            sequence_length=data.sequence_length,
-            tokens_per_batch=data.sequence_length * data.packs_per_micro_batch,
-            max_tokens=data.validation_tokens,
-        )
+    def _sum_over_ranks(self, parts: list[StepLoss], scalars: list[float]) -> Tensor:
+        """(2 + scalars + layers * E,) fp64: loss, balance, the scalars and expert counts, in one reduction."""
+        device = self.world.device
+        losses = torch.stack([torch.stack([part.language, part.balance]).double() for part in parts]).sum(0)
+        counts = [part.expert_counts for part in parts if part.expert_counts is not None]
+        flat = [losses, torch.tensor(scalars, dtype=torch.float64, device=device)]
+        if counts:
+            flat.append(torch.stack(counts).sum(0).double().flatten())
+        return self.world.sum(torch.cat(flat))
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self.stopping = True
 
     def _banner(self, checkpoint: Path | None) -> str:
-        config, backends = self.model.config, self.model.backends
+        config = self.model.config
         active = f" ({config.parameters(active=True):,} active)" if config.moe else ""
+        backends = ", ".join(f"{kind} {name}" for kind, name in self.model.backends.items())
         lines = [
-            f"{self.recipe.objective} on {self.device}, {self.recipe.train.precision}, torch {torch.__version__}: "
-            f"{config.parameters():,} parameters{active}, attention {backends['attention']}, experts {backends['moe']}",
+            f"{self.recipe.objective} on {self.world}, {self.recipe.train.precision}, torch {torch.__version__}: "
+            f"{config.parameters():,} parameters{active}, {backends}",
             *(
                 f"  {s.stream.folder}: {len(s.stream):,} documents, {s.stream.tokens:,} tokens, weight {s.weight:g}"
                 for s in self.sources
@@ -180,39 +233,42 @@ class Trainer:
 
 
 @torch.no_grad()
-def mean_loss(model: Transformer, batches) -> float:
-    """Mean negative log-likelihood of a target over `batches`, nats."""
+def mean_loss(model: Transformer, batches: Iterable[Batch], world: World) -> float:
+    """Mean negative log-likelihood of a target over `batches`, nats; each rank takes every world-th batch."""
     model.eval()
-    device = model.embed.weight.device
-    total: Tensor = torch.zeros((), dtype=torch.float64, device=device)
-    weight = 0.0
-    for batch in batches:
-        weight += float(batch.weights.sum())
-        batch = batch.to(device)
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for batch in _share(batches, world):
+        sums[1] += float(batch.weights.sum())
+        batch = batch.to(world.device)
         hidden = model(batch.tokens, batch.layout).hidden
-        output = model.head.loss(hidden, batch.targets, token_weights=batch.weights, rows=batch.target_rows)
-        total += output.loss
-    return float(total) / weight if weight else math.nan
+        sums[0] += model.head.loss(hidden, batch.targets, token_weights=batch.weights, rows=batch.target_rows).loss
+    total, weight = world.sum(sums).tolist()
+    return total / weight if weight else math.nan
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto`: the GPU of this process where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected auto, cpu or cuda, got {name!r}") from None
+def _share(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
+    """This rank's batches, a ghost where it has none: a sharded model runs on all ranks or on none."""
+    for turn in zip_longest(*[iter(batches)] * world.size):
+        yield turn[world.rank] or Batch.ghost()
 
 
-def build_model(recipe: Recipe) -> Transformer:
-    """The recipe's model, on the CPU, with weights loaded or made from the seed."""
+def build_model(recipe: Recipe, world: World) -> Transformer:
+    """The recipe's model on this rank's device, sharded over the ranks, with weights loaded or made from the seed.
+
+    Under a mesh no rank ever holds the whole: shards are made first and filled from the files.
+    """
+    source = None if recipe.model.path is None else resolve_model(recipe.model.path)
+    config = recipe.model.new if source is None else read_config(source)
+    assert config is not None
     kernels = recipe.kernels
-    if recipe.model.path is not None:
-        return load_model(recipe.model.path, attention=kernels.attention, moe=kernels.moe)
-    assert recipe.model.new is not None
-    model = Transformer(recipe.model.new, attention=kernels.attention, moe=kernels.moe)
-    model.initialise(recipe.seed)
+    with torch.device("cpu" if world.mesh is None else "meta"):
+        model = Transformer(config, attention=kernels.attention, moe=kernels.moe, device=world.device)
+    shard(model, world, recipe.train.precision)
+    model.to_empty(device=world.device) if world.mesh else model.to(world.device)
+    if source is None:
+        model.initialise(recipe.seed)
+    else:
+        fill_model(model, source)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from dataclasses import asdict, dataclass
@@ -62,25 +63,37 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class MetricsLog:
-    """`metrics.jsonl` and the console. A resumed run goes on where its checkpoint was: later lines are dropped."""
+Console = Literal["lines", "bar", "none"]
 
-    def __init__(self, folder: Path, step: int, steps: int, console: Literal["lines", "bar"], title: str) -> None:
+
+class MetricsLog:
+    """`metrics.jsonl` and the console. A resumed run goes on where its checkpoint was: later lines are dropped.
+
+    `console` none: another rank speaks, this one only warns.
+    """
+
+    def __init__(
+        self, folder: Path, step: int, steps: int, console: Literal["lines", "bar", "none"], title: str
+    ) -> None:
+        self._file = self._bar = None
+        self._steps = steps
+        self._silent = console == "none"
+        if self._silent:
+            return
         path = folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
             replace_file(path, "".join(kept) if step else "")
         self._file = path.open("a")
-        self._bar = None
         if console == "bar":
             self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", dynamic_ncols=True, mininterval=1.0)
-        self._steps = steps
 
     def step(self, record: StepRecord) -> None:
         self._write(asdict(record))
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} tok/s", refresh=False)
             self._bar.update()
+        if self._bar is not None or self._silent:
             return
         mfu = "" if record.mfu is None else f"  mfu {record.mfu:.1%} (exact {record.mfu_exact:.1%})"
         skipped = f"  skipped {record.skipped}" if record.skipped else ""
@@ -97,19 +110,27 @@ class MetricsLog:
 
     def say(self, text: str) -> None:
         """A line for people, kept clear of the progress bar."""
+        if self._silent:
+            return
         if self._bar is None:
             print(text, flush=True)
         else:
             tqdm.write(text, file=sys.stderr)
 
+    def warn(self, text: str) -> None:
+        """A line that every rank may write, since each knows of its own documents only."""
+        tqdm.write(f"[rank {os.environ.get('RANK', '0')}] {text}", file=sys.stderr)
+
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._bar is not None:
             self._bar.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
 
 def _step_of(line: str) -> float:

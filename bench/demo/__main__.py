@@ -26,7 +26,7 @@ from tokenmill.trainer.config import Recipe, load_recipe
 from tokenmill.trainer.evaluate.score import multiple_choice
 from tokenmill.trainer.evaluate.tasks import load_questions
 from tokenmill.trainer.files import replace_file
-from tokenmill.trainer.loop import Trainer
+from tokenmill.trainer.loop import train
 
 STREAMS = ("general", "general_heldout", "clinical", "clinical_heldout", "tuning")
 STAGES = {  # name: (recipe, the stage it starts from, NEFTune's alpha)
@@ -100,10 +100,9 @@ def run(output: Path, stage: str, scale: float) -> dict:
     """Train and score one stage, or read what an earlier call found."""
     found = output / stage / "result.json"
     if not found.is_file():
-        trainer = Trainer(stage_recipe(output, stage, scale), console="bar")
-        trainer.train()
+        model = load_model(train(stage_recipe(output, stage, scale), console="bar"))
         tokenizer = Tokenizer.open(output / "streams" / "general")
-        score = multiple_choice(trainer.model, tokenizer, load_questions(output / "text" / "questions.jsonl"))
+        score = multiple_choice(model, tokenizer, load_questions(output / "text" / "questions.jsonl"))
         lines = [json.loads(line) for line in (output / stage / "metrics.jsonl").read_text().splitlines()]
         rates = sorted(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
         result = {

@@ -146,14 +146,14 @@ def test_permute_sorts_stably_and_combine_undoes_it():
     assert torch.autograd.gradcheck(there_and_back, (x, weights))
 
 
-def test_combine_sums_in_float32():
-    ys = torch.tensor([[256.0], [1.0], [-256.0]], dtype=torch.bfloat16)
-    routing = Routing(
-        torch.ones(1, 3), torch.tensor([[0, 1, 2]]), torch.zeros(3, dtype=torch.int64), torch.zeros(3), torch.zeros(())
-    )
-    total = combine(ys, permute(ys[:1], routing), routing)
-    assert total.dtype == torch.bfloat16
-    assert total.item() == 1.0  # in bfloat16, 256 + 1 is 256
+def test_combine_weighs_and_sums_in_float32():
+    ys = torch.randn(40, 16).bfloat16()
+    routing = route(torch.randn(10, 6), 4)
+    permuted = permute(torch.randn(10, 16).bfloat16(), routing)
+    rows = ys[permuted.inverse].float()
+    expected = (rows * routing.weights[..., None]).sum(1).bfloat16().float()
+    # A weight rounded to bfloat16 would show at 2e-3; the order of the sum, in single last bits.
+    assert (combine(ys, permuted, routing).float() - expected).norm() <= 5e-4 * expected.norm()
 
 
 def test_route_counts_what_balancing_needs():

@@ -28,6 +28,14 @@ def test_error_is_that_of_pytorch_at_most_twice(shape: tuple[int, int], dtype: t
         assert (a - e).norm() <= 2 * (b - e).norm() + torch.finfo(dtype).eps * e.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_are_rounded_once(dtype: torch.dtype):
+    gate_up, dy = torch.randn(7, 26).to(dtype), torch.randn(7, 13).to(dtype)
+    in_float32 = results(reference, gate_up.float(), dy.float())
+    for a, b in zip(results(swiglu, gate_up, dy), in_float32, strict=True):
+        assert torch.equal(a, b.to(dtype))
+
+
 def test_equals_hugging_face_with_the_gate_first():
     mlp = MistralMLP(MistralConfig(hidden_size=12, intermediate_size=20))
     x = torch.randn(9, 12)

@@ -18,6 +18,7 @@ from tokenmill.trainer.checkpoint import (
     save_step,
 )
 from tokenmill.trainer.config import OptimizerSection
+from tokenmill.trainer.distributed import World
 from tokenmill.trainer.model import ModelConfig, MoEConfig, Transformer
 from tokenmill.trainer.optim import build_optimizer
 from tokenmill.trainer.state import TrainState
@@ -41,7 +42,7 @@ def job():
 def save(run, job, step, keep=5):
     model, optimizer, state = job
     state.step = step
-    return save_step(run, keep, model, optimizer=optimizer, state=state)
+    return save_step(run, keep, model, World(), optimizer=optimizer, state=state)
 
 
 def test_everything_comes_back_bit_by_bit(job, tmp_path):
@@ -70,17 +71,24 @@ def test_only_the_last_are_kept(job, tmp_path):
     assert [f.name for f in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000010", "step-00000011"]
 
 
-def damage_tensor(folder):
-    file = folder / "model.safetensors"
+def cut(folder):
+    file = folder / "optimizer-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(folder):
+    file = folder / "model-00000.safetensors"
     raw = bytearray(file.read_bytes())
     raw[-3] ^= 1
     file.write_bytes(raw)
 
 
 DAMAGES = {
-    "bit": damage_tensor,
-    "short": lambda f: (f / "optimizer.safetensors").write_bytes((f / "optimizer.safetensors").read_bytes()[:-1]),
-    "missing": lambda f: (f / "optimizer.safetensors").unlink(),
+    "bit": flip,
+    "short": cut,
+        (f / "optimizer-00000.safetensors").read_bytes()[:-1]
+    ),
+    "missing": lambda f: (f / "optimizer-00000.safetensors").unlink(),
     "manifest": lambda f: (f / MANIFEST).write_text("{"),
     "empty": lambda f: (f / MANIFEST).write_text("{}"),
     "array": lambda f: (f / MANIFEST).write_text("[]"),
@@ -115,7 +123,7 @@ class Bomb:
 def test_a_forged_checkpoint_executes_nothing(job, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = save(tmp_path, job, 1)
-    for name in ("model.safetensors", "optimizer.safetensors", MANIFEST):
+    for name in ("model-00000.safetensors", "optimizer-00000.safetensors", MANIFEST):
         forged = tmp_path / "forged"
         shutil.copytree(folder, forged)
         (forged / name).write_bytes(pickle.dumps(Bomb()))

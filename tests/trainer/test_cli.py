@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -74,20 +75,27 @@ def small_model(text):
 
 def hugging_face(text, remove):
     torch.manual_seed(0)
-    shape = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, vocab_size=290)
-    MistralForCausalLM(MistralConfig(num_hidden_layers=1, **shape)).save_pretrained(text / "hf", max_shard_size="10KB")
+    shape: dict[str, Any] = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=290)
+    shape |= dict(num_key_value_heads=1, num_hidden_layers=1)
+        hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, vocab_size=290
+    )
+    MistralForCausalLM(MistralConfig(**shape)).save_pretrained(text / "hf", max_shard_size="10KB")
     (min((text / "hf").glob(remove))).unlink()
 
 
 WRONG = {
-    "missing file": (None, "prepare nowhere.jsonl --tokenizer {t}/t.model --output {t}/x", "nowhere.jsonl: no such file"),
+    "missing file": (None, "prepare no.jsonl --tokenizer {t}/t.model --output {t}/x", "no.jsonl: no such file"),
     "missing recipe": (None, "train nowhere.toml", "nowhere.toml: no such recipe"),
     "missing tokenizer": (None, "prepare {t}/notes.jsonl --tokenizer {t}/no.model --output {t}/x", "no.model"),
     "misspelt key": (None, "train {t}/recipe.toml --optimizer.learning_rat=1", "did you mean optimizer.learning_rate"),
     "missing stream": (lambda t: shutil.rmtree(t / "stream"), "train {t}/recipe.toml", "stream"),
     "truncated shard": (damaged, "train {t}/recipe.toml", "expected"),
     "small vocabulary": (small_model, "train {t}/recipe.toml", "290 pieces, the model's vocabulary only 280"),
-    "empty corpus": (lambda t: (t / "e.jsonl").write_text(""), "prepare {t}/e.jsonl --tokenizer {t}/t.model --output {t}/x", "no document"),
+    "empty corpus": (
+        lambda t: (t / "e.jsonl").write_text(""),
+        "prepare {t}/e.jsonl --tokenizer {t}/t.model --output {t}/x",
+        "no document",
+    ),
     "empty document": (
         lambda t: (t / "e.jsonl").write_text('{"text": "a"}\n{"text": ""}'),
         "prepare {t}/e.jsonl --tokenizer {t}/t.model --output {t}/x",

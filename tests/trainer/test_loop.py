@@ -14,9 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokenmill.trainer import loop
 from tokenmill.trainer.checkpoint import latest_checkpoint, load_model
-from tokenmill.trainer.loop import Trainer
+from tokenmill.trainer.distributed import World
 from tokenmill.trainer.model import Transformer
+
+
+def Trainer(recipe):
+    return loop.Trainer(recipe, World())
 
 
 def weights(model: Transformer):
@@ -90,7 +95,7 @@ def test_killed_at_random_moments_is_bitwise_the_same(make_recipe, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     kills = 0
-    for _ in range(60):
+    while True:
         process = subprocess.Popen([*command, "--train.checkpoint_every=1"], env=environment, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + draw.uniform(4, 8) if kills < 10 else math.inf
         while process.poll() is None and time.monotonic() < deadline:

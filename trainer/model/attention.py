@@ -11,13 +11,13 @@ from tokenmill.trainer.model.config import ModelConfig
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         self.head_dim = config.head_dim
         self.theta = config.rope_theta
         self.window = config.sliding_window
-        self.backend = backend
+        self.backend: Backend | None = None  # the whole model's choice, made by `Transformer`
         self.qkv = nn.Linear(config.dim, sum(self.heads) * self.head_dim, bias=False)  # one product for the three
         self.out = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
 
@@ -25,4 +25,4 @@ class Attention(nn.Module):
         """x (T, D) -> (T, D)."""
         q, k, v = self.qkv(x).view(x.shape[0], -1, self.head_dim).split(self.heads, dim=1)
         q, k = apply_rotary(q, k, layout, self.theta)
-        return self.out(attention(q, k, v, layout, self.window, self.backend).flatten(1))
+        return self.out(attention(q, k, v, layout, self.window, self.backend or "auto").flatten(1))

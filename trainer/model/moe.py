@@ -11,12 +11,12 @@ from tokenmill.trainer.model.config import ModelConfig
 
 
 class MoELayer(nn.Module):
-    def __init__(self, config: ModelConfig, backend: moe.Backend) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.moe is not None
         experts = config.moe.n_experts
         self.top_k = config.moe.top_k
-        self.backend = backend
+        self.backend: moe.Backend | None = None  # the whole model's choice, made by `Transformer`
         self.router = nn.Linear(config.dim, experts, bias=False)
         self.w_gate_up = nn.Parameter(torch.empty(experts, 2 * config.hidden_dim, config.dim))
         self.w_down = nn.Parameter(torch.empty(experts, config.dim, config.hidden_dim))
@@ -30,5 +30,5 @@ class MoELayer(nn.Module):
             self.w_down,
             self.top_k,
             real_rows=layout.real_rows,
-            backend=self.backend,
+            backend=self.backend or "auto",
         )

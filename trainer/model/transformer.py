@@ -18,6 +18,7 @@ from tokenmill.kernels.swiglu import swiglu
 from tokenmill.trainer.model.attention import Attention
 from tokenmill.trainer.model.config import ModelConfig
 from tokenmill.trainer.model.moe import MoELayer
+from tokenmill.trainer.model.rows import local_rows
 
 
 class ModelOutput(NamedTuple):
@@ -64,14 +65,12 @@ class TransformerBlock(nn.Module):
     the part that is still to be added.
     """
 
-    def __init__(
-        self, config: ModelConfig, attention: attention_kernels.Backend, moe: moe_kernels.Backend | None
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config)
-        self.attention = Attention(config, attention)
+        self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config)
-        self.feed_forward = FeedForward(config) if moe is None else MoELayer(config, moe)
+        self.feed_forward = MoELayer(config) if config.moe else FeedForward(config)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, layout: Layout
@@ -119,35 +118,68 @@ class Head(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Backends are chosen once, here, and by name: see `tokenmill.kernels.attention` and `tokenmill.kernels.moe`."""
+    """Backends are chosen by name, once for all layers: see `tokenmill.kernels.attention` and `tokenmill.kernels.moe`.
+
+    `device` and `dtype` are what it will compute on and in, for which the choice is made; the parameters themselves
+    are made on torch's default device, in `dtype`. A model that moves to another device or dtype chooses anew.
+    """
 
     def __init__(
         self, config: ModelConfig, *, attention: str = "auto", moe: str = "auto",
-        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
-        device = torch.device(device)
-        attend = attention_kernels.choose(attention, device, dtype, config.head_dim)
-        experts = moe_kernels.choose(moe, device, dtype) if config.moe else None
-        self.backends = {"attention": attend.name, "moe": experts.name if experts else "none"}
-        with device:
-            self.embed = Embedding(config)
-            self.blocks = nn.ModuleList(TransformerBlock(config, attend, experts) for _ in range(config.n_layers))
-            self.norm = RMSNorm(config)
-            self.head = Head(config)
+        self.names = {"attention": attention, "moe": moe}
+        self.backends: dict[str, str] = {}
+        self.embed = Embedding(config)
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config)
+        self.head = Head(config)
         self.to(dtype)
+        self.choose_backends(device or self.embed.weight.device, dtype)
+
+    def choose_backends(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Give every layer the backends for computing on `device` in `dtype`.
+
+        Raises ValueError where one that was named cannot run there.
+        """
+        attention = attention_kernels.choose(self.names["attention"], device, dtype, self.config.head_dim)
+        self.backends = {"attention": attention.name}
+        experts = None
+        if self.config.moe:
+            experts = moe_kernels.choose(self.names["moe"], device, dtype)
+            self.backends["experts"] = experts.name
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = attention
+            elif isinstance(module, MoELayer):
+                module.backend = experts
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
+        """Behind `to`, `cuda`, `bfloat16` and the like."""
+        before = self.embed.weight
+        super()._apply(fn, recurse)
+        after = self.embed.weight
+        if self.backends and (before.device, before.dtype) != (after.device, after.dtype):
+            self.choose_backends(after.device, after.dtype)
+        return self
 
     def initialise(self, seed: int) -> None:
         """Normal(0, 0.02) weights; the projections back into the residual stream scaled by 1 / sqrt(2 layers), as in
         GPT-2 (Radford et al., 2019), so that the stream's variance does not grow with depth.
         """
-        generator = torch.Generator(self.embed.weight.device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         back = 0.02 / (2 * self.config.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                std = back if name.endswith(("attention.out.weight", "down.weight", "w_down")) else 0.02
-                nn.init.normal_(parameter, std=std, generator=generator)
+            local, first = local_rows(parameter.data)
+            if parameter.dim() == 1:
+                local.fill_(1.0)
+                continue
+            std = back if name.endswith(("attention.out.weight", "down.weight", "w_down")) else 0.02
+            # Made whole on every rank and on the host, so that the weights depend on nothing but the seed.
+            whole = torch.empty(parameter.shape).normal_(std=std, generator=generator).view(-1, parameter.shape[-1])
+            local.copy_(whole[first : first + local.shape[0]])
 
     def forward(self, tokens: Tensor, layout: Layout, *, noise: Noise | None = None) -> ModelOutput:
         """tokens (T,) laid out by `layout` -> hidden (T, D) and each layer's routing. `noise`: NEFTune's."""

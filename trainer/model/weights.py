@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tokenmill.trainer.files import replace_folder
 from tokenmill.trainer.model.config import ModelConfig, MoEConfig
+from tokenmill.trainer.model.rows import local_rows
 from tokenmill.trainer.model.transformer import Transformer
 
 SHARD_BYTES = 5 * 2**30
@@ -159,7 +160,7 @@ def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def load_weights(model: Transformer, folder: str | Path) -> None:
-    """Copy a folder's safetensors into `model`, a tensor at a time, casting to the model's dtype.
+    """Copy a folder's safetensors into `model`, sharded or not, a tensor at a time, casting to the model's dtype.
 
     Raises ValueError naming the file or the tensor: a shard or a tensor is missing, is there twice or is not the
     model's, or a shape differs. The model's weights are then undefined.
@@ -168,16 +169,21 @@ def load_weights(model: Transformer, folder: str | Path) -> None:
     where = layout_of(model.config)
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     missing = dict.fromkeys(where)
-    for file, name, tensor in _tensors(folder):
+    for file, name, tensor in _slices(folder):
         if name.endswith("rotary_emb.inv_freq"):
             continue  # old exports stored this constant
         if name not in where:
             raise ValueError(f"{file}: tensor {name!r} is not part of a model with {folder}/config.json's shape")
         if name not in missing:
             raise ValueError(f"{file}: tensor {name!r} is there a second time")
-        if tuple(tensor.shape) != where[name].shape:
-            raise ValueError(f"{file}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {where[name].shape}")
-        view_of(parameters, where[name]).copy_(tensor)
+        shape = tuple(tensor.get_shape())
+        if shape != where[name].shape:
+            raise ValueError(f"{file}: tensor {name!r} has shape {shape}, expected {where[name].shape}")
+        local, first = local_rows(parameters[where[name].ours])
+        start = where[name].start
+        begin, end = max(start, first), min(start + shape[0], first + local.shape[0])
+        if begin < end:  # of a sharded model, only the rows that are here are read
+            local[begin - first : end - first] = tensor[begin - start : end - start].view(end - begin, -1)
         del missing[name]
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {next(iter(missing))!r}")
@@ -235,7 +241,8 @@ def copy_tokenizer(source: str | Path | None, folder: Path) -> None:
             shutil.copyfile(file, folder / name)
 
 
-def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
+def _slices(folder: Path) -> Iterator[tuple[Path, str, Any]]:
+    """(file, name, a safetensors slice: nothing is read yet) of every tensor of a folder."""
     index = folder / "model.safetensors.index.json"
     files = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
     for name in files:
@@ -247,7 +254,7 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
         try:
             with safe_open(folder / name, "pt") as shard:
                 for key in shard.keys():  # noqa: SIM118  (not a dict)
-                    yield folder / name, key, shard.get_tensor(key)
+                    yield folder / name, key, shard.get_slice(key)
         except SafetensorError as error:
             raise ValueError(f"{folder / name}: not a whole safetensors file ({error}); copy it again") from error
 
