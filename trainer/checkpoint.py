@@ -118,11 +118,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        kind, files = manifest["format"], dict(manifest["files"])
+        kind, files, ranks = manifest["format"], dict(manifest["files"]), int(manifest["ranks"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a readable checkpoint ({error})") from None
     if kind != FORMAT:
         raise ValueError(f"{path}: format is {kind!r}, expected {FORMAT!r}")
+    if odd := {_shard_name("model", rank) for rank in range(ranks)} - files.keys():
+        raise ValueError(f"{path}: says that {ranks} ranks wrote, but lists no {min(odd)}")
     for name, expected in files.items():
         file = folder / Path(name).name
         if not file.is_file():

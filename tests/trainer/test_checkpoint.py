@@ -86,13 +86,12 @@ def flip(folder):
 DAMAGES = {
     "bit": flip,
     "short": cut,
-        (f / "optimizer-00000.safetensors").read_bytes()[:-1]
-    ),
     "missing": lambda f: (f / "optimizer-00000.safetensors").unlink(),
     "manifest": lambda f: (f / MANIFEST).write_text("{"),
     "empty": lambda f: (f / MANIFEST).write_text("{}"),
     "array": lambda f: (f / MANIFEST).write_text("[]"),
-    "format": lambda f: (f / MANIFEST).write_text('{"format": "x", "files": {}}'),
+    "format": lambda f: (f / MANIFEST).write_text('{"format": "x", "files": {}, "ranks": 1}'),
+    "ranks": lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text().replace('"ranks": 1', '"ranks": 2')),
     "no manifest": lambda f: (f / MANIFEST).unlink(),
 }
 

@@ -77,8 +77,6 @@ def hugging_face(text, remove):
     torch.manual_seed(0)
     shape: dict[str, Any] = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=290)
     shape |= dict(num_key_value_heads=1, num_hidden_layers=1)
-        hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, vocab_size=290
-    )
     MistralForCausalLM(MistralConfig(**shape)).save_pretrained(text / "hf", max_shard_size="10KB")
     (min((text / "hf").glob(remove))).unlink()
 
