@@ -95,10 +95,11 @@ def shard(model: Transformer, world: World, precision: str) -> None:
         return
     policy = MixedPrecisionPolicy()
     if precision == "bf16-mixed":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         model.choose_backends(world.device, torch.bfloat16)
     for unit in [model.embed, *model.blocks, model.head, model]:
-        fully_shard(unit, mesh=world.mesh, mp_policy=policy)
+        # Also the root, which by default stays whole until a backward that validation never makes.
+        fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
