@@ -30,6 +30,7 @@ from torch import Tensor
 from tokenmill.kernels import launch
 from tokenmill.kernels.backends import Backend, choose
 from tokenmill.kernels.layout import GHOST, Layout
+from tokenmill.kernels.philox import halves, philox
 
 _NEFT = 0x4E454654  # "NEFT": keeps this use of (seed, step) apart from any other
 
@@ -55,35 +56,15 @@ class Noise:
 # ------------------------------------------------------------------------------------------ plain torch, the reference
 
 
-def philox(counter: list[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Philox4x32-10: four words of 32 random bits from a counter of four words and a key of two.
-
-    All words are int64 tensors that broadcast, holding values below 2**32: a product of two wraps around in 64 bits,
-    and the masks take the right halves of it.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        even, odd = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = (odd >> 32 & 0xFFFFFFFF) ^ c1 ^ k0, odd & 0xFFFFFFFF
-        c2, c3 = (even >> 32 & 0xFFFFFFFF) ^ c3 ^ k1, even & 0xFFFFFFFF
-        k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
-    return [c0, c1, c2, c3]
-
-
 def neftune_uniform(seed: Tensor, step: Tensor, document_ids: Tensor, positions: Tensor, dim: int) -> Tensor:
     """(T, dim) fp32 in (-1, 1), from 0-d int64 seed and step and (T,) ids and positions."""
     zero = torch.zeros_like(step)
-    k0, k1, _, _ = philox([*_halves(step), zero + _NEFT, zero], _halves(seed))
-    low, high = _halves(document_ids[:, None])
+    k0, k1, _, _ = philox([*halves(step), zero + _NEFT, zero], halves(seed))
+    low, high = halves(document_ids[:, None])
     group = torch.arange((dim + 3) // 4, device=positions.device)
     words = philox([low, high, positions[:, None].long(), group], (k0, k1))
     channels = torch.stack(words, dim=-1).flatten(1)[:, :dim]
     return (2 * (channels >> 8) + 1 - 2**24).float() * 2.0**-24
-
-
-def _halves(value: Tensor) -> tuple[Tensor, Tensor]:
-    return value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF
 
 
 def reference(tokens: Tensor, weight: Tensor, noise: list[Tensor]) -> Tensor:

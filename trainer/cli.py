@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("TOKENMILL_DEBUG"):
             raise
-        print(f"tokenmill: error: {error}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        print(f"tokenmill: error: {rank}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("tokenmill: interrupted", file=sys.stderr)
@@ -122,7 +123,7 @@ def _train(options: argparse.Namespace) -> None:
     from tokenmill.trainer.config import load_recipe
     from tokenmill.trainer.loop import train
 
-    print(f"trained: {train(load_recipe(options.recipe, options.overrides))}")
+    train(load_recipe(options.recipe, options.overrides))
 
 
 def _eval(options: argparse.Namespace) -> None:

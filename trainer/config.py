@@ -53,6 +53,7 @@ class TrainSection:
     tokens: int | None = None
     epochs: float | None = None
     precision: Literal["fp32", "bf16-mixed"] = "fp32"  # bf16-mixed: fp32 weights, bf16 products, fp32 reductions
+    recompute: Literal["none", "selective", "full"] = "none"  # activation checkpointing
     validate_every: int | None = None  # steps; None: at the end only
     checkpoint_every: int | None = None  # steps; None: at the end only
     keep_checkpoints: int = 2
@@ -90,6 +91,14 @@ class KernelsSection:
 
 
 @dataclass(frozen=True)
+class LogSection:
+    """Beside the console and metrics.jsonl, from the same record."""
+
+    tensorboard: bool = False  # needs the package tensorboard
+    wandb: str | None = None  # a Weights & Biases project; needs the package wandb
+
+
+@dataclass(frozen=True)
 class Recipe:
     objective: Literal["pretrain", "sft"]
     output: str  # folder for checkpoints, metrics.jsonl and the resolved recipe
@@ -102,6 +111,7 @@ class Recipe:
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     loss: LossSection = field(default_factory=LossSection)
     kernels: KernelsSection = field(default_factory=KernelsSection)
+    log: LogSection = field(default_factory=LogSection)
 
     def __post_init__(self) -> None:
         def expect(condition: bool, key: str, expected: str, got: Any) -> None:

@@ -87,7 +87,7 @@ class Trainer:
         if world.rank == 0:
             replace_file(self.output / "recipe.json", json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
         self.log = MetricsLog(
-            self.output, self.state.step, self.steps, console if world.rank == 0 else "none", self.output.name
+            self.output, self.state.step, self.steps, console if world.rank == 0 else "none", recipe.log
         )
         self.log.say(self._banner(checkpoint))
 
@@ -105,11 +105,13 @@ class Trainer:
                     self.save()
             if self.stopping:
                 self.log.say(f"stopped at step {self.state.step} of {self.steps} on request, checkpoint written")
+            saved = resolve_model(self.output)
+            self.log.say(f"trained: {saved}")
         finally:
             self.log.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        return resolve_model(self.output)
+        return saved
 
     def step(self) -> StepRecord:
         """One optimizer step: its micro-batches forward and backward, clipping, the update, and what to report."""
@@ -263,6 +265,7 @@ def build_model(recipe: Recipe, world: World) -> Transformer:
     kernels = recipe.kernels
     with torch.device("cpu" if world.mesh is None else "meta"):
         model = Transformer(config, attention=kernels.attention, moe=kernels.moe, device=world.device)
+    model.set_recompute(recipe.train.recompute)
     shard(model, world, recipe.train.precision)
     model.to_empty(device=world.device) if world.mesh else model.to(world.device)
     if source is None:

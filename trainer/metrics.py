@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from tokenmill.data.batch import Batch
+from tokenmill.trainer.config import LogSection
 from tokenmill.trainer.files import replace_file
 from tokenmill.trainer.model import ModelConfig
 from tokenmill.trainer.model.config import attended_pairs
@@ -72,21 +74,27 @@ class MetricsLog:
     `console` none: another rank speaks, this one only warns.
     """
 
-    def __init__(
-        self, folder: Path, step: int, steps: int, console: Literal["lines", "bar", "none"], title: str
-    ) -> None:
+    def __init__(self, folder: Path, step: int, steps: int, console: Console, section: LogSection) -> None:
         self._file = self._bar = None
         self._steps = steps
         self._silent = console == "none"
+        self._boards: list[Callable[[dict[str, float], int], None]] = []
+        self._closers: list[Callable[[], None]] = []
         if self._silent:
             return
+        if section.tensorboard:
+            self._add_tensorboard(folder / "tensorboard", step)
+        if section.wandb is not None:
+            self._add_wandb(section.wandb, folder)
         path = folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
             replace_file(path, "".join(kept) if step else "")
         self._file = path.open("a")
         if console == "bar":
-            self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", dynamic_ncols=True, mininterval=1.0)
+            self._bar = tqdm(
+                total=steps, initial=step, desc=folder.name, unit="step", dynamic_ncols=True, mininterval=1.0
+            )
 
     def step(self, record: StepRecord) -> None:
         self._write(asdict(record))
@@ -126,11 +134,44 @@ class MetricsLog:
             self._file.close()
         if self._bar is not None:
             self._bar.close()
+        for close in self._closers:
+            close()
+
+    def _add_tensorboard(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        writer = SummaryWriter(str(folder), purge_step=step + 1)  # drops what a resumed run does again
+
+        def write(scalars: dict[str, float], at: int) -> None:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, at)
+
+        self._boards.append(write)
+        self._closers.append(writer.close)
+
+    def _add_wandb(self, project: str, folder: Path) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        run = wandb.init(project=project, name=folder.name, dir=str(folder), resume="allow", id=folder.name)
+        self._boards.append(lambda scalars, at: run.log(scalars, step=at))
+        self._closers.append(run.finish)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+        if self._boards:
+            scalars = flatten({k: v for k, v in record.items() if k != "step"})
+            for write in self._boards:
+                write(scalars, record["step"])
+
+
+def flatten(record: Any, prefix: str = "") -> dict[str, float]:
+    """Every number of a record by its path: `expert_load/0/3`, `validation/notes`."""
+    if isinstance(record, (int, float)):
+        return {prefix: float(record)}
+    items = record.items() if isinstance(record, dict) else enumerate(record or ())
+    return {k: v for key, item in items for k, v in flatten(item, f"{prefix}/{key}" if prefix else str(key)).items()}
 
 
 def _step_of(line: str) -> float:

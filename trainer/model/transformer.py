@@ -15,9 +15,11 @@ from tokenmill.kernels.embedding import Noise, embed
 from tokenmill.kernels.layout import Layout
 from tokenmill.kernels.rms_norm import rms_norm
 from tokenmill.kernels.swiglu import swiglu
+from tokenmill.trainer.model import recompute
 from tokenmill.trainer.model.attention import Attention
 from tokenmill.trainer.model.config import ModelConfig
 from tokenmill.trainer.model.moe import MoELayer
+from tokenmill.trainer.model.recompute import Recompute
 from tokenmill.trainer.model.rows import local_rows
 
 
@@ -71,8 +73,14 @@ class TransformerBlock(nn.Module):
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config)
         self.feed_forward = MoELayer(config) if config.moe else FeedForward(config)
+        self.recompute: Recompute = "none"
 
     def forward(
+        self, x: Tensor, residual: Tensor | None, layout: Layout
+    ) -> tuple[Tensor, Tensor, moe_kernels.Routing | None]:
+        return recompute.run(self.recompute, self._forward, x, residual, layout)
+
+    def _forward(
         self, x: Tensor, residual: Tensor | None, layout: Layout
     ) -> tuple[Tensor, Tensor, moe_kernels.Routing | None]:
         x, stream = self.attention_norm(x, residual)
@@ -155,6 +163,12 @@ class Transformer(nn.Module):
                 module.backend = attention
             elif isinstance(module, MoELayer):
                 module.backend = experts
+
+    def set_recompute(self, mode: Recompute) -> None:
+        """Activation checkpointing of every block: none, selective or full (`trainer/model/recompute.py`)."""
+        for module in self.modules():
+            if isinstance(module, TransformerBlock):
+                module.recompute = mode
 
     def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
         """Behind `to`, `cuda`, `bfloat16` and the like."""

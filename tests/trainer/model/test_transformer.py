@@ -128,3 +128,35 @@ def test_parameter_counts_of_the_published_models():
 def test_impossible_shapes_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         ModelConfig(**(BASE | change))
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recomputation_changes_nothing_but_memory(name, mode):
+    """Bitwise the same loss and gradients, balancing included, from fewer saved bytes; routes are not chosen anew."""
+    batch = Batch.from_documents(texts(LENGTHS * 4))
+    config = CONFIGS[name]
+    fractions = torch.rand(config.n_layers, config.moe.n_experts) if config.moe else None
+    context = StepContext(0, float(batch.weights.sum()), batch.tokens.numel(), fractions, LossSection(balance=0.3))
+    results, saved = [], []
+    for recompute in ("none", mode):
+        model = build(name)
+        model.set_recompute(recompute)
+        kept: dict[int, int] = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = pretrain(model, batch, context)
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved.append(sum(size for pointer, size in kept.items() if pointer not in parameters))
+        loss.total.backward()
+        results.append((loss, {n: p.grad for n, p in model.named_parameters()}))
+    assert torch.equal(results[0][0].total, results[1][0].total)
+    if config.moe:
+        assert torch.equal(results[0][0].expert_counts, results[1][0].expert_counts)
+    for parameter, gradient in results[0][1].items():
+        assert torch.equal(gradient, results[1][1][parameter]), parameter
+    assert saved[1] < 0.8 * saved[0]
