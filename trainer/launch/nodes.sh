@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Several nodes by hand: run this on each of them, with the same HEAD and JOB.
+#   HEAD=node0:29500 NODES=2 GPUS=8 JOB=run1 trainer/launch/nodes.sh RECIPE.toml [--section.key=value ...]
+set -euo pipefail
+exec torchrun --nnodes="${NODES:?number of nodes}" --nproc-per-node="${GPUS:-gpu}" \
+  --rdzv-backend=c10d --rdzv-endpoint="${HEAD:?host:port of the first node}" --rdzv-id="${JOB:?a name for the job}" \
+  --max-restarts="${RESTARTS:-0}" -m tokenmill.trainer "$@"
