@@ -1,110 +1,198 @@
-"""The same model, weights, documents and precision through our step and through transformers', in turn in one run.
+"""The same model, weights, documents and precision through our step and through Hugging Face's Trainer, in turn.
 
-Both do a forward and backward pass, clip, and update with torch's fused AdamW. transformers gets the documents in
-both ways that its users know, padded to a rectangle and packed into one row with restarting positions, and the
-faster counts. Tokens a second are those of real documents.
+Both do a forward and backward pass, clip, and update with torch's fused AdamW, and their losses are compared at every
+step. The Trainer gets the documents in both ways that its users know, padded to a rectangle and packed into one row
+with restarting positions. A step's time is what lies between its begin and end, loading not counted on either side;
+tokens a second are those of real documents.
 """
 
 from __future__ import annotations
 
+import copy
+import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenmill.data.batch import IGNORE, Batch
-from tokenmill.data.loader import Loader
 from tokenmill.trainer.config import LossSection, OptimizerSection
-from tokenmill.trainer.model import Transformer
+from tokenmill.trainer.model import ModelConfig, MoEConfig, Transformer
 from tokenmill.trainer.model.weights import save_hf
 from tokenmill.trainer.objectives.pretrain import StepContext, pretrain
 from tokenmill.trainer.optim import build_optimizer
 
+OURS = "tokenmill"
+Steps = list[tuple[float, float]]  # seconds and loss of each step
 
-def compare(model: Transformer, loader: Loader, optimizer: OptimizerSection, steps: int = 12) -> dict[str, list[float]]:
-    """Train `model` and its transformers twins on the same batches: seconds, tokens and losses, a list each.
 
-    Keys: `tokens`, and for each of `tokenmill`, `transformers, padded` and `transformers, packed` the seconds of
-    every step under its name and the losses under its name plus ` loss`.
+def compare(
+    model: Transformer, batches: Sequence[Batch], optimizer: OptimizerSection, rounds: int = 3
+) -> dict[str, Steps]:
+    """Train fresh copies of `model` on `batches`, a step each, on every side, `rounds` times in turn.
+
+    Returns each side's steps, round after round. Raises ImportError where transformers or accelerate is missing.
     """
-    from transformers import AutoModelForCausalLM
-
-    quiet = LossSection(balance=0.0, router_z=0.0)  # transformers adds no routing loss unless asked
-    with tempfile.TemporaryDirectory() as folder:
-        save_hf(model, Path(folder) / "hf")
-        twins = {
-            f"transformers, {name}": (AutoModelForCausalLM.from_pretrained(Path(folder) / "hf"), inputs)
-            for name, inputs in (("padded", _padded), ("packed", _packed))
-        }
-
-    def ours(batch: Batch) -> Tensor:
-        context = StepContext(0, float(batch.weights.sum()), batch.tokens.numel(), None, quiet)
-        return pretrain(model, batch, context).total
-
-    def theirs(twin: torch.nn.Module, inputs: Callable[[Batch], dict[str, Tensor]]) -> Callable[[Batch], Tensor]:
-        return lambda batch: twin(**inputs(batch), use_cache=False).loss
-
-    sides: dict[str, tuple[torch.nn.Module, Callable[[Batch], Tensor]]] = {"tokenmill": (model, ours)}
-    sides |= {name: (twin, theirs(twin, inputs)) for name, (twin, inputs) in twins.items()}
-    updates = {name: build_optimizer(module, optimizer) for name, (module, _) in sides.items()}
-    result: dict[str, list[float]] = {"tokens": []}
-    for _ in range(steps):
-        (batch,) = next(loader).micro_batches
-        result["tokens"].append(batch.tokens.numel())
-        for name, (module, loss_of) in sides.items():
-            module.train()
-            begin = time.perf_counter()
-            loss = loss_of(batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), optimizer.clip_norm)
-            updates[name].step()
-            updates[name].zero_grad(set_to_none=True)
-            result.setdefault(name, []).append(time.perf_counter() - begin)
-            result.setdefault(f"{name} loss", []).append(loss.item())
+    sides: dict[str, Callable[[], Steps]] = {OURS: lambda: _ours(copy.deepcopy(model), batches, optimizer)}
+    result: dict[str, Steps] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_hf(model, folder / "hf")
+        for way, inputs in (("padded", _padded), ("packed", _packed)):
+            rows = [inputs(batch) for batch in batches]
+            sides[f"HF Trainer, {way}"] = lambda rows=rows: _theirs(folder, rows, optimizer)
+        for _ in range(rounds):
+            for side, run in sides.items():
+                result.setdefault(side, []).extend(run())
     return result
 
 
-def summary(result: dict[str, list[float]], warmup: int = 2) -> str:
-    """Median tokens a second of each side, the ratio to ours, and how far the losses lie apart."""
+def summary(batches: Sequence[Batch], result: dict[str, Steps], warmup: int = 2) -> str:
+    """Median tokens a second of each side after `warmup` steps a round, ours over it, and how far losses lie apart."""
+    tokens = [batch.tokens.numel() for batch in batches]
     rates = {
-        name: median(n / s for n, s in zip(result["tokens"][warmup:], seconds[warmup:], strict=True))
-        for name, seconds in result.items()
-        if name != "tokens" and not name.endswith(" loss")
+        side: median(tokens[i % len(tokens)] / s for i, (s, _) in enumerate(steps) if i % len(tokens) >= warmup)
+        for side, steps in result.items()
     }
     lines = []
-    for name, rate in rates.items():
-        apart = max(abs(a - b) for a, b in zip(result[f"{name} loss"], result["tokenmill loss"], strict=True))
-        lines.append(f"{name:24} {rate:9,.0f} tokens/s  {rates['tokenmill'] / rate:5.2f} x  losses within {apart:.1e}")
+    for side, rate in rates.items():
+        apart = max(abs(a - b) for (_, a), (_, b) in zip(result[side], result[OURS], strict=True))
+        times = f"ours {rates[OURS] / rate:.2f} times as fast, losses within {apart:.1e}" if side != OURS else ""
+        lines.append(f"  {side:20} {rate:9,.0f} tokens/s  {times}".rstrip())
     return "\n".join(lines)
+
+
+def tiny(experts: int | None, window: int = 64) -> Transformer:
+    """The demo's model, dense or with experts."""
+    moe = MoEConfig(experts) if experts else None
+    model = Transformer(ModelConfig(128, 4, 4, 2, 32, 256, 4096, sliding_window=window, moe=moe))
+    model.initialise(0)
+    return model
+
+
+def documents(tokens: int, steps: int, vocabulary: int, seed: int = 0) -> list[Batch]:
+    """A batch a step, of documents of 20 to 250 random tokens, `tokens` in all."""
+    draw = random.Random(seed)
+    batches = []
+    for _ in range(steps):
+        lengths: list[int] = []
+        while (left := tokens - sum(lengths)) > 0:
+            lengths.append(min(left, draw.randint(20, 250)) if left > 40 else left)
+        batches.append(Batch.from_documents([[draw.randrange(vocabulary) for _ in range(n)] for n in lengths]))
+    return batches
+
+
+def main(tokens: int = 1024, steps: int = 8) -> None:
+    """`tokenmill bench step`: a tiny Mistral and a tiny Mixtral."""
+    for name, experts in (("Mistral", None), ("Mixtral", 4)):
+        model = tiny(experts)
+        batches = documents(tokens, steps, model.config.vocab_size)
+        result = compare(model, batches, OptimizerSection(1e-3))
+        print(f"tiny {name}, {model.config.parameters():,} parameters, {tokens:,} tokens a step, fp32 on a CPU")
+        print(summary(batches, result), flush=True)
+
+
+def _ours(model: Transformer, batches: Sequence[Batch], section: OptimizerSection) -> Steps:
+    optimizer = build_optimizer(model, section)
+    quiet = LossSection(balance=0.0, router_z=0.0)  # transformers adds no routing loss unless asked
+    steps = []
+    model.train()
+    for batch in batches:
+        begin = time.perf_counter()
+        context = StepContext(0, float(batch.weights.sum()), batch.tokens.numel(), None, quiet)
+        loss = pretrain(model, batch, context).total
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), section.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        steps.append((time.perf_counter() - begin, loss.item()))
+    return steps
+
+
+def _theirs(folder: Path, rows: list[dict[str, Tensor]], section: OptimizerSection) -> Steps:
+    import transformers
+
+    seconds: list[float] = []
+    losses: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        begin = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.begin = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - self.begin)
+
+    class Recording(transformers.Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            losses.append(float(loss.detach()))  # pyright: ignore[reportAttributeAccessIssue]
+            return loss
+
+    class Rows(torch.utils.data.IterableDataset):  # in this order
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            return iter(rows)
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        max_steps=len(rows),
+        per_device_train_batch_size=1,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type="constant",
+        adam_beta1=section.betas[0],
+        adam_beta2=section.betas[1],
+        adam_epsilon=section.eps,
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.clip_norm,
+        optim="adamw_torch_fused",
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        twin = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", use_cache=False)
+        trainer = Recording(
+            model=twin, args=arguments, train_dataset=Rows(), data_collator=lambda rows: rows[0], callbacks=[Clock()]
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return list(zip(seconds, losses, strict=True))
 
 
 def _documents(batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """Each document's tokens, and its tokens as labels: transformers shifts those itself."""
     sizes = batch.layout.cu_seqlens.diff().tolist()
-    documents = []
-    for tokens, targets in zip(batch.tokens.long().split(sizes), batch.targets.split(sizes), strict=True):
-        documents.append((tokens, torch.cat([targets.new_tensor([IGNORE]), targets[:-1]])))
-    return documents
+    pairs = zip(batch.tokens.long().split(sizes), batch.targets.split(sizes), strict=True)
+    return [(tokens, torch.cat([targets.new_tensor([IGNORE]), targets[:-1]])) for tokens, targets in pairs]
 
 
 def _padded(batch: Batch) -> dict[str, Tensor]:
-    documents = _documents(batch)
+    pairs = _documents(batch)
+    tokens, labels = [t for t, _ in pairs], [l for _, l in pairs]
     pad = torch.nn.utils.rnn.pad_sequence
     return {
-        "input_ids": pad([tokens for tokens, _ in documents], batch_first=True),
-        "labels": pad([labels for _, labels in documents], batch_first=True, padding_value=IGNORE),
-        "attention_mask": pad([torch.ones_like(tokens) for tokens, _ in documents], batch_first=True),
+        "input_ids": pad(tokens, batch_first=True),
+        "labels": pad(labels, batch_first=True, padding_value=IGNORE),
+        "attention_mask": pad([torch.ones_like(t) for t in tokens], batch_first=True),
     }
 
 
 def _packed(batch: Batch) -> dict[str, Tensor]:
-    documents = _documents(batch)
     return {
         "input_ids": batch.tokens.long()[None],
-        "labels": torch.cat([labels for _, labels in documents])[None],
+        "labels": torch.cat([labels for _, labels in _documents(batch)])[None],
         "position_ids": batch.layout.positions.long()[None],
     }

@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; wrong input is one line on stderr and exit status 1 (TOKENMILL_DEBUG=1 shows where it arose)."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    overrides = [a for a in rest if options.command is _train and a.startswith("--") and "=" in a]
+    overrides = [a for a in rest if options.command in (_train, _profile) and a.startswith("--") and "=" in a]
     if odd := [a for a in rest if a not in overrides]:
         parser.error(f"unrecognized arguments: {' '.join(odd)}")
     options.overrides = overrides
@@ -64,6 +64,16 @@ def _parser() -> argparse.ArgumentParser:
 
     c = command("train", _train, "Run a recipe, from where it stopped if it did.")
     c.add_argument("recipe", help="a TOML file; any key of it can be given as --section.key=value")
+
+    c = command("profile", _profile, "Where the time of a recipe's step goes: a table, a trace, a memory snapshot.")
+    c.add_argument("recipe")
+    c.add_argument("--output", default="profile", help="folder for the trace and the table (default: profile)")
+    c.add_argument("--steps", type=int, default=5)
+
+    c = command("bench", _bench, "Measurements.")
+    c.add_argument("what", choices=["step", "gpu"], help="step: beside HF Trainer; gpu: all there is for a bare GPU")
+    c.add_argument("--output", default="bench/results", help="gpu: folder for the results (default: bench/results)")
+    c.add_argument("--rehearse", action="store_true", help="gpu: every line of it on a CPU, at tiny shapes")
 
     c = command("eval", _eval, "Multiple-choice accuracy of a model.")
     c.add_argument("model", help="a run's output, a checkpoint or a Hugging Face folder")
@@ -124,6 +134,25 @@ def _train(options: argparse.Namespace) -> None:
     from tokenmill.trainer.loop import train
 
     train(load_recipe(options.recipe, options.overrides))
+
+
+def _profile(options: argparse.Namespace) -> None:
+    from tokenmill.trainer.config import load_recipe
+    from tokenmill.trainer.profile import profile
+
+    print(profile(load_recipe(options.recipe, options.overrides), Path(options.output), steps=options.steps))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    if options.what == "gpu":
+        from tokenmill.bench import gpu
+
+        if gpu.visit(Path(options.output), rehearse=options.rehearse):
+            raise ValueError(f"{options.output}: a check did not hold; the results name it")
+    else:
+        from tokenmill.bench import step
+
+        step.main()
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -13,8 +13,6 @@ from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 
-import torch
-
 from tokenmill.bench.demo import corpus, report
 from tokenmill.bench.step import compare, summary
 from tokenmill.data.loader import Loader, Source
@@ -125,9 +123,9 @@ def peers(output: Path) -> None:
         packs_per_micro_batch=recipe.data.packs_per_step,
         seed=recipe.seed,
     )
-    torch.manual_seed(0)
-    result = compare(load_model(output / "base"), loader, recipe.optimizer)
-    print(f"The same step beside transformers', in turn in one run:\n{summary(result)}")
+    batches = [next(loader).micro_batches[0] for _ in range(8)]
+    result = compare(load_model(output / "base"), batches, recipe.optimizer)
+    print(f"The same steps through Hugging Face's Trainer, in turn in one run:\n{summary(batches, result)}")
 
 
 if __name__ == "__main__":
