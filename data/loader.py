@@ -207,6 +207,7 @@ class _Gather:
     def __init__(self, streams: Sequence[TokenStream]) -> None:
         shards = [shard for stream in streams for shard in stream.shards]
         self._streams = streams
+        self._shards = shards
         self._tokens = [shard.tokens for shard in shards]
         self._silent = [shard.silent for shard in shards]
         self._first_shard = np.cumsum([0] + [len(stream.shards) for stream in streams])
@@ -226,6 +227,8 @@ class _Gather:
             here, stream = streams == i, self._streams[i]
             shard[here] = self._first_shard[i] + stream.shard_ids[documents[here]]
             start[here] = stream.starts[documents[here]]
+        for i, begin, length in zip(shard, start + begins, lengths, strict=True):
+            self._shards[i].check(int(begin), int(begin + length))
         return Batch.from_shards(
             self._tokens, self._silent, shard, start + begins, lengths, document_ids=document_ids, source_ids=source_ids
         )

@@ -145,7 +145,7 @@ def _rows(path: Path, file: IO[bytes], text_key: str) -> Iterator[tuple[str, dic
                 continue
             try:
                 row = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not JSON ({error}): expected one object a line") from None
             if not isinstance(row, dict):
                 raise DataError(f"{where}: a {type(row).__name__}, expected an object such as {{{text_key!r}: ...}}")
@@ -187,5 +187,5 @@ def _content(row: Mapping[str, Any], text_key: str) -> str | Sequence[Message]:
     found = ", ".join(map(repr, row)) or "none"
     raise DataError(
         f"no key {text_key!r}, 'messages', or 'instruction' with 'output' (found {found}): "
-        "name the key of the text with text_key"
+        "name the key of the text (--text-key)"
     )

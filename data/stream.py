@@ -53,10 +53,27 @@ def fingerprint_of(manifest: dict[str, Any]) -> str:
 class Shard:
     """The arrays of one shard, mapped."""
 
+    path: Path  # of the tokens
     tokens: NDArray[Any]  # (T,) uint16 or uint32
     offsets: NDArray[np.uint64]  # (N + 1,)
     silent: NDArray[np.uint64]  # (S, 2)
     sources: NDArray[np.uint32]  # (N,)
+    crc32: list[int]  # of each block of the tokens
+    checked: NDArray[np.bool_]  # (blocks,) those that `check` has read
+
+    def check(self, begin: int, end: int) -> None:
+        """That tokens [begin, end) are as they were written: each block is read and summed the first time that a
+        token of it is wanted, so nothing damaged is trained on and nothing is read before it is needed.
+
+        Raises DataError naming the file and the block.
+        """
+        width = self.tokens.itemsize
+        for i in range(begin * width // BLOCK, (end * width - 1) // BLOCK + 1):
+            if not self.checked[i]:
+                block = self.tokens[i * BLOCK // width : (i + 1) * BLOCK // width]
+                if zlib.crc32(block.data) != self.crc32[i]:
+                    raise _damaged(self.path, i)
+                self.checked[i] = True
 
 
 class TokenStream:
@@ -121,8 +138,12 @@ class TokenStream:
         return len(self.lengths)
 
     def document(self, i: int) -> NDArray[Any]:
-        """(L,) uint16 or uint32: the ids of document i, read-only, mapped. Raises IndexError."""
+        """(L,) uint16 or uint32: the ids of document i, read-only, mapped.
+
+        Raises IndexError, and DataError where they are damaged.
+        """
         shard, start, end = self._locate(i)
+        shard.check(start, end)
         return shard.tokens[start:end]
 
     def loss_mask(self, i: int) -> NDArray[np.float32]:
@@ -186,7 +207,12 @@ def _open_shard(folder: Path, index: int, manifest: dict[str, Any]) -> Shard:
             raise DataError(f"{path}: {actual} bytes, expected {expected}: the file is truncated or changed; {AGAIN}")
         return np.memmap(path, dtype, mode="r") if actual else np.empty(0, dtype)
 
+    files = entry["files"]
+    blocks = len(files["tokens"]["crc32"])
     shard = Shard(
+        path=_shard_file(folder, index, "tokens"),
+        crc32=files["tokens"]["crc32"],
+        checked=np.zeros(blocks, np.bool_),
         tokens=map_file("tokens", token_dtype(manifest["tokenizer"]["vocab_size"]), tokens),
         offsets=map_file("offsets", "<u8", documents + 1),
         silent=map_file("silent", "<u8", 2 * entry["silent"]).reshape(-1, 2),
@@ -208,6 +234,8 @@ def _open_shard(folder: Path, index: int, manifest: dict[str, Any]) -> Shard:
             f"{_shard_file(folder, index, 'sources')}: names source {shard.sources.max()} of "
             f"{len(manifest['sources'])}; {AGAIN}"
         )
+    for kind in ("offsets", "silent", "sources"):  # small beside the tokens, and read whole here anyway
+        _verify_file(_shard_file(folder, index, kind), files[kind])
     return shard
 
 
@@ -231,13 +259,16 @@ def _verify_file(path: Path, facts: dict[str, Any]) -> None:
             block = file.read(BLOCK)
             whole.update(block)
             if zlib.crc32(block) != expected:
-                raise DataError(
-                    f"{path}: block {i} (from byte {i * BLOCK}) does not match its checksum: "
-                    f"the file is damaged; {AGAIN}"
-                )
+                raise _damaged(path, i)
         whole.update(file.read(1))  # a byte beyond the last block
     if whole.hexdigest() != facts["sha256"]:
         raise DataError(f"{path}: does not match its sha256: the file was changed; {AGAIN}")
+
+
+def _damaged(path: Path, block: int) -> DataError:
+    return DataError(
+        f"{path}: block {block} (from byte {block * BLOCK}) does not match its checksum: the file is damaged; {AGAIN}"
+    )
 
 
 class _BlockFile:
@@ -286,9 +317,10 @@ class StreamWriter:
         self, folder: str | Path, tokenizer: Tokenizer, *, overwrite: bool = False, shard_tokens: int = 1 << 28
     ) -> None:
         self.folder = Path(folder)
-        if self.folder.exists() and not overwrite:
-            raise DataError(f"{self.folder}: already exists: choose another folder, or overwrite it")
-        if self.folder.exists() and not (self.folder / MANIFEST).is_file():
+        empty = self.folder.is_dir() and not any(self.folder.iterdir())  # as good as none
+        if self.folder.exists() and not overwrite and not empty:
+            raise DataError(f"{self.folder}: already exists: choose another folder, or overwrite it (--overwrite)")
+        if self.folder.exists() and not empty and not (self.folder / MANIFEST).is_file():
             raise DataError(f"{self.folder}: exists and is not a token stream, so it will not be overwritten")
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from functools import cache
 from typing import Literal
 
 import torch
@@ -17,6 +15,13 @@ Backend = Literal["auto", "triton", "torch"]
 
 # Triton decides between compiler and interpreter where a kernel is decorated, that is when its module is imported.
 _KERNELS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, and nothing where that is its dtype already: torch 2.11 compiles an autograd.Function whose
+    forward ends in a `to` that changes nothing to one with a gradient of zero.
+    """
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def choose(backend: Backend, *tensors: Tensor) -> Literal["triton", "torch"]:
@@ -39,9 +44,3 @@ def choose(backend: Backend, *tensors: Tensor) -> Literal["triton", "torch"]:
             "use backend='auto'"
         )
     return "triton"
-
-
-@cache
-def installed(package: str) -> bool:
-    """Whether a package can be imported, found without importing it."""
-    return importlib.util.find_spec(package) is not None

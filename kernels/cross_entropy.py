@@ -259,14 +259,11 @@ def _(hidden, weight, targets, token_weights, rows, z_loss, of_hidden, of_weight
 
 
 @torch.library.custom_op("tokenmill::scale_", mutates_args=("values",))
-def _scale_(values: Tensor, factor: Tensor, use_triton: bool) -> None:
+def _scale_(values: Tensor, factor: Tensor) -> None:
     """values *= factor, a scalar on the device that the host never waits for."""
-    if use_triton:
-        count = values.numel()
-        settings = launch.elementwise(count)
-        _scale_kernel[(triton.cdiv(count, settings["BLOCK"]),)](values, factor, count, **settings)
-    else:
-        values.mul_(factor)
+    count = values.numel()
+    settings = launch.elementwise(count)
+    _scale_kernel[(triton.cdiv(count, settings["BLOCK"]),)](values, factor, count, **settings)
 
 
 def _loss_setup(ctx, inputs, output) -> None:
@@ -279,9 +276,14 @@ def _loss_setup(ctx, inputs, output) -> None:
 
 def _loss_backward(ctx, d_loss, *_):
     d_hidden, d_weight = ctx.saved_tensors
-    for gradient in (d_hidden, d_weight):
-        if gradient.numel():
-            _scale_(gradient, d_loss, ctx.use_triton)
+    if d_loss is None:  # nothing upstream depends on the loss
+        return (None,) * 9
+    if ctx.use_triton:  # in place: on a GPU a second d_weight would be the largest tensor of the step
+        for gradient in (d_hidden, d_weight):
+            if gradient.numel():
+                _scale_(gradient, d_loss)
+    else:
+        d_hidden, d_weight = d_hidden * d_loss, d_weight * d_loss
     return (d_hidden if ctx.of_hidden else None, d_weight if ctx.of_weight else None, *[None] * 7)
 
 
@@ -351,7 +353,7 @@ def linear_cross_entropy(
 
     hidden (T, D) and weight (V, D) of one dtype; targets (T,) int64, IGNORE where none counts; token_weights (T,)
     fp32, ones if None; rows (R,) int32, distinct: the only rows that enter the products, all if None. No gradient is
-    made for what does not require one. The graph can be walked backward once.
+    made for what does not require one. On a GPU the graph can be walked backward once.
 
     Raises ValueError where a shape or a dtype does not fit. A target outside [0, V) that is not IGNORE is an error on
     a CPU, and makes a NaN on a GPU.
@@ -383,11 +385,11 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tenso
         raise ValueError(f"expected hidden (T, D) and weight (V, D), got {[*hidden.shape]} and {[*weight.shape]}")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one to the other's")
-    per_row = {"targets": (targets, torch.int64), "token_weights": (token_weights, torch.float32)}
-    for name, (tensor, dtype) in per_row.items():
-        if tensor is not None and (tensor.shape != hidden.shape[:1] or tensor.dtype != dtype):
-            raise ValueError(
-                f"{name}: expected {dtype} of shape {[hidden.shape[0]]}, got {tensor.dtype} {[*tensor.shape]}"
-            )
+    # Weights may be fp64 beside fp64 inputs.
+    dtypes = {"targets": (torch.int64,), "token_weights": (torch.float32, _accumulator(hidden))}
+    for name, tensor in (("targets", targets), ("token_weights", token_weights)):
+        if tensor is not None and (tensor.shape != hidden.shape[:1] or tensor.dtype not in dtypes[name]):
+            expected = f"{dtypes[name][0]} of shape {[hidden.shape[0]]}"
+            raise ValueError(f"{name}: expected {expected}, got {tensor.dtype} {[*tensor.shape]}")
     if rows is not None and (rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64)):
         raise ValueError(f"rows: expected int32 of shape (R,), got {rows.dtype} {[*rows.shape]}")

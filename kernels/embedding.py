@@ -196,6 +196,9 @@ def _embed(tokens: Tensor, weight: Tensor, noise: list[Tensor], use_triton: bool
         return reference(tokens, weight, noise)
     segments, positions, document_ids, scales, seed, step = noise or [None] * 6
     vocab, dim = weight.shape
+    if weight.dtype == torch.bfloat16 and not weight.is_cuda:
+        # Triton's interpreter truncates to bf16 where a GPU rounds, so there the sum is left in fp32 and rounded here.
+        return _embed(tokens, weight.float(), noise, use_triton).to(weight.dtype)
     out = weight.new_empty(tokens.numel(), dim)
     if out.numel():
         settings: dict[str, Any] = launch.channels(dim) | {"NOISE": bool(noise)}

@@ -12,6 +12,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from tokenmill.kernels.backends import cast
+
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The formula; differentiated by autograd."""
@@ -27,7 +29,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse = torch.rsqrt(torch.linalg.vecdot(wide, wide) / x.shape[-1] + eps)
         ctx.save_for_backward(x, weight, inverse)
-        return ((wide * inverse[..., None]).to(x.dtype) * weight).to(x.dtype)
+        return cast(cast(wide * inverse[..., None], x.dtype) * weight, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenmill.kernels.backends import cast
+
 
 def reference(gate_up: Tensor) -> Tensor:
     """The formula; differentiated by autograd."""
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
+    return cast(F.silu(gate) * up, gate_up.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):

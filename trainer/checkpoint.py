@@ -30,12 +30,11 @@ from tokenmill.trainer.distributed import World
 from tokenmill.trainer.files import replace_folder, sync
 from tokenmill.trainer.model import ModelConfig, Transformer
 from tokenmill.trainer.model.rows import local_part, shard_bounds
-from tokenmill.trainer.model.weights import copy_tokenizer, load_weights, read_hf_config
+from tokenmill.trainer.model.weights import copy_tokenizer, load_weights, read_hf_config, stored_dtype
 from tokenmill.trainer.state import TrainState
 
 FORMAT = "tokenmill-checkpoint-1"
 MANIFEST = "checkpoint.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def save_checkpoint(
@@ -78,7 +77,6 @@ def save_checkpoint(
                 "format": FORMAT,
                 "ranks": world.size,
                 "model": dataclasses.asdict(model.config),
-                "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
                 "state": None if state is None else state.to_json(),
                 "recipe": None if recipe is None else dataclasses.asdict(recipe),
                 "files": facts,
@@ -110,17 +108,19 @@ def latest_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, once every file has the size and the checksum that it names.
+def read_manifest(folder: Path, *, whole: bool = True) -> dict[str, Any]:
+    """What a checkpoint says of itself, once every file is there and, if `whole`, has the size and the checksum that
+    it names: that reads all of it, and is done once, where a checkpoint is chosen.
 
     Raises ValueError naming the file.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        kind, files, ranks = manifest["format"], dict(manifest["files"]), int(manifest["ranks"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({error})") from None
+        kind, ranks = manifest["format"], int(manifest["ranks"])
+        files = {name: (facts["bytes"], facts["crc32"]) for name, facts in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({error!r})") from None
     if kind != FORMAT:
         raise ValueError(f"{path}: format is {kind!r}, expected {FORMAT!r}")
     if odd := {_shard_name("model", rank) for rank in range(ranks)} - files.keys():
@@ -129,7 +129,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         file = folder / Path(name).name
         if not file.is_file():
             raise ValueError(f"{file} is missing")
-        if file.stat().st_size != expected["bytes"] or _crc32(file) != expected["crc32"]:
+        if whole and (file.stat().st_size, _crc32(file)) != expected:
             raise ValueError(f"{file}: damaged, size or checksum differ from {MANIFEST}'s")
     return manifest
 
@@ -147,6 +147,8 @@ def resolve_model(path: str | Path) -> Path:
         return newest
     if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: expected a checkpoint ({MANIFEST}), a run's output or a Hugging Face folder")
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder)
     return folder
 
 
@@ -155,7 +157,7 @@ def read_config(folder: Path) -> ModelConfig:
     if not (folder / MANIFEST).is_file():
         return read_hf_config(folder)
     try:
-        return build(ModelConfig, read_manifest(folder).get("model") or {}, "model.")
+        return build(ModelConfig, read_manifest(folder, whole=False).get("model") or {}, "model.")
     except ConfigError as error:
         raise ValueError(f"{folder / MANIFEST}: {error}") from None
 
@@ -167,7 +169,7 @@ def fill_model(model: Transformer, folder: Path) -> None:
     """
     if (folder / MANIFEST).is_file():
         parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-        _fill(folder, "model", read_manifest(folder)["ranks"], parameters)
+        _fill(folder, "model", read_manifest(folder, whole=False)["ranks"], parameters)
     else:
         load_weights(model, folder)
 
@@ -177,14 +179,13 @@ def load_model(
 ) -> Transformer:
     """The model in a checkpoint, a run's output folder (its newest checkpoint) or a Hugging Face folder, on the CPU.
 
-    `dtype` None keeps a checkpoint's own (fp32 for a Hugging Face folder). Raises ValueError naming the file, key or
-    tensor.
+    `dtype` None keeps the files' own. Raises ValueError naming the file, key or tensor.
     """
     folder = resolve_model(path)
-    if dtype is None:
-        manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
-        dtype = DTYPES.get(manifest.get("dtype", ""), torch.float32)
-    model = Transformer(read_config(folder), attention=attention, moe=moe, dtype=dtype)
+    if dtype is None and (folder / MANIFEST).is_file():
+        with _open(folder / _shard_name("model", 0)) as shard:
+            dtype = shard.get_slice("embed.weight")[:0].dtype
+    model = Transformer(read_config(folder), attention=attention, moe=moe, dtype=dtype or stored_dtype(folder))
     fill_model(model, folder)
     return model
 
@@ -194,9 +195,14 @@ def load_training(folder: Path, model: Transformer, optimizer: torch.optim.Optim
 
     Raises ValueError naming the file or tensor; `model` and `optimizer` are then undefined.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, whole=False)
     if manifest.get("state") is None:
         raise ValueError(f"{folder / MANIFEST}: holds a model only, there is no training to resume")
+    for key, value in dataclasses.asdict(model.config).items():
+        if (stored := manifest["model"].get(key)) != value:
+            raise ValueError(
+                f"{folder}: its model has {key} = {stored!r}, the recipe's {value!r}; give the recipe another output"
+            )
     fill_model(model, folder)
     file = folder / _shard_name("optimizer", 0)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -207,7 +213,7 @@ def load_training(folder: Path, model: Transformer, optimizer: torch.optim.Optim
             if name not in parameters:
                 raise ValueError(f"{file}: {key!r} belongs to no parameter of the model")
             if shard.get_slice(key).get_shape():
-                moments[key] = torch.zeros_like(parameters[name], dtype=shard.get_tensor(key)[:0].dtype)
+                moments[key] = torch.zeros_like(parameters[name], dtype=shard.get_slice(key)[:0].dtype)
             else:  # a count of steps, kept on the host as torch's fused optimizers do not mind
                 moments[key] = shard.get_tensor(key)
             optimizer.state[parameters[name]][kind] = moments[key]

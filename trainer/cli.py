@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     overrides = [a for a in rest if options.command in (_train, _profile) and a.startswith("--") and "=" in a]
     if odd := [a for a in rest if a not in overrides]:
-        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+        parser.error(f"unrecognized arguments: {' '.join(odd)} (a recipe's keys are given as --section.key=value)")
     options.overrides = overrides
     try:
         options.command(options)
@@ -32,7 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {number}")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
+    templates = ["auto", "mistral-v1", "mistral-v2", "mistral-v3"]
     parser = argparse.ArgumentParser(prog="tokenmill", description="Token streams to trained models.")
     parser.add_argument("--version", action="version", version=f"tokenmill {version('tokenmill')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -47,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--tokenizer", required=True, help="a sentencepiece model, or mistral-v1, mistral-v2, mistral-v3")
     c.add_argument("--output", required=True, help="folder of the stream")
     c.add_argument("--text-key", default="text", help="key of a plain row's text (default: text)")
-    c.add_argument("--template", default="auto", help="of chats: mistral-v1, mistral-v2, mistral-v3 (default: auto)")
+    c.add_argument("--template", default="auto", choices=templates, help="of chats (default: by the tokenizer)")
     c.add_argument("--overwrite", action="store_true", help="replace a stream that is there")
 
     c = command("inspect", _inspect, "What a token stream holds.")
@@ -67,12 +74,13 @@ def _parser() -> argparse.ArgumentParser:
 
     c = command("profile", _profile, "Where the time of a recipe's step goes: a table, a trace, a memory snapshot.")
     c.add_argument("recipe")
-    c.add_argument("--output", default="profile", help="folder for the trace and the table (default: profile)")
-    c.add_argument("--steps", type=int, default=5)
+    c.add_argument("--output", default="runs/profile", help="folder for the trace and the table (runs/profile)")
+    c.add_argument("--steps", type=_positive, default=5)
 
     c = command("bench", _bench, "Measurements.")
     c.add_argument("what", choices=["step", "gpu"], help="step: beside HF Trainer; gpu: all there is for a bare GPU")
-    c.add_argument("--output", default="bench/results", help="gpu: folder for the results (default: bench/results)")
+    c.add_argument("--output", default="runs/gpu", help="gpu: folder for the results (default: runs/gpu)")
+    c.add_argument("--budget", type=float, default=520, help="gpu: seconds that it may take (default: 520)")
     c.add_argument("--rehearse", action="store_true", help="gpu: every line of it on a CPU, at tiny shapes")
 
     c = command("eval", _eval, "Multiple-choice accuracy of a model.")
@@ -80,13 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("questions", help="JSON lines (.gz too) of question, options and answer")
     c.add_argument("--by", choices=["text", "letter"], default="text", help="score option texts or letters")
     c.add_argument("--tokenizer", help="default: the model folder's tokenizer.model")
-    c.add_argument("--template", default="auto")
-    c.add_argument("--limit", type=int, help="only the first LIMIT questions")
+    c.add_argument("--template", default="auto", choices=templates)
+    c.add_argument("--limit", type=_positive, help="only the first LIMIT questions")
 
     c = command("import", _import, "A Hugging Face folder to a checkpoint.")
     c.add_argument("source", metavar="HF_FOLDER")
     c.add_argument("output")
-    c.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="bf16")
+    c.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: the files' own")
 
     c = command("export", _export, "A checkpoint to a Hugging Face folder.")
     c.add_argument("source", metavar="CHECKPOINT")
@@ -140,15 +148,16 @@ def _profile(options: argparse.Namespace) -> None:
     from tokenmill.trainer.config import load_recipe
     from tokenmill.trainer.profile import profile
 
-    print(profile(load_recipe(options.recipe, options.overrides), Path(options.output), steps=options.steps))
+    if table := profile(load_recipe(options.recipe, options.overrides), Path(options.output), steps=options.steps):
+        print(table)
 
 
 def _bench(options: argparse.Namespace) -> None:
     if options.what == "gpu":
         from tokenmill.bench import gpu
 
-        if gpu.visit(Path(options.output), rehearse=options.rehearse):
-            raise ValueError(f"{options.output}: a check did not hold; the results name it")
+        if gpu.visit(Path(options.output), options.budget, options.rehearse):
+            raise ValueError(f"{options.output}/gpu.json: a part failed or a check did not hold; it names which")
     else:
         from tokenmill.bench import step
 
@@ -184,10 +193,10 @@ def _import(options: argparse.Namespace) -> None:
     from tokenmill.trainer.checkpoint import save_checkpoint
     from tokenmill.trainer.model.weights import load_hf
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
-    model, config = load_hf(options.source, dtype)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    model, config = load_hf(options.source, dtypes.get(options.dtype))
     save_checkpoint(Path(options.output), model, tokenizer_from=Path(options.source))
-    print(f"{options.output}: {config.parameters():,} parameters, {options.dtype}")
+    print(f"{options.output}: {config.parameters():,} parameters, {model.embed.weight.dtype}")
 
 
 def _export(options: argparse.Namespace) -> None:

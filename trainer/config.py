@@ -52,7 +52,8 @@ class TrainSection:
     steps: int | None = None
     tokens: int | None = None
     epochs: float | None = None
-    precision: Literal["fp32", "bf16-mixed"] = "fp32"  # bf16-mixed: fp32 weights, bf16 products, fp32 reductions
+    # bf16-mixed: fp32 weights and moments, bf16 products, fp32 reductions; bf16: all in bf16, stochastically rounded
+    precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
     recompute: Literal["none", "selective", "full"] = "none"  # activation checkpointing
     validate_every: int | None = None  # steps; None: at the end only
     checkpoint_every: int | None = None  # steps; None: at the end only
@@ -73,7 +74,7 @@ class ScheduleSection:
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: float = 0.03  # share of all steps
     decay: float = 0.2  # wsd: share of all steps, at the end
-    final: float = 0.1  # of the peak, where cosine and wsd end
+    final: float = 0.1  # of the peak, what cosine and wsd go down to
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ class Recipe:
             expect(source.weight > 0, f"data.sources.{i}.weight", "a positive number", source.weight)
         for key in ("sequence_length", "packs_per_step", "packs_per_micro_batch"):
             expect(getattr(self.data, key) > 0, f"data.{key}", "a positive integer", getattr(self.data, key))
-        expect(self.data.sequence_length > 1, "data.sequence_length", "at least 2 tokens", self.data.sequence_length)
+        length = self.data.sequence_length
+        expect(2 <= length <= 2**28, "data.sequence_length", "at least 2 tokens, at most 2**28", length)
         for key in ("validate_every", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self.train, key)
             expect(value is None or value > 0, f"train.{key}", "a positive integer", value)
@@ -138,7 +140,11 @@ class Recipe:
         for key in ("warmup", "decay", "final"):
             value = getattr(self.schedule, key)
             expect(0 <= value <= 1, f"schedule.{key}", "a share between 0 and 1", value)
-        expect(self.schedule.warmup + self.schedule.decay <= 1, "schedule", "warmup + decay <= 1", self.schedule)
+        if self.schedule.kind == "wsd":
+            expect(self.schedule.warmup + self.schedule.decay <= 1, "schedule", "warmup + decay <= 1", self.schedule)
+        expect(0 <= self.seed < 2**63, "seed", "0 to 2**63 - 1", self.seed)
+        names = [Path(folder).name for folder in self.data.validation]
+        expect(len({*names}) == len(names), "data.validation", "folders with different names, for the report", names)
         for key in ("balance", "router_z", "z", "neftune_alpha"):
             expect(getattr(self.loss, key) >= 0, f"loss.{key}", "0 or more", getattr(self.loss, key))
         if self.loss.neftune_alpha and self.objective != "sft":

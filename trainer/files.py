@@ -17,7 +17,7 @@ def replace_folder(folder: Path, temporary: Path | None = None) -> Iterator[Path
 
     Raises FileExistsError, before any work, where `folder` is there already. On any error nothing is left.
     """
-    if folder.exists():
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):  # an empty folder is replaced
         raise FileExistsError(f"{folder} already exists; remove it or choose another name")
     folder.parent.mkdir(parents=True, exist_ok=True)
     if temporary is None:

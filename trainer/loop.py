@@ -63,9 +63,8 @@ class Trainer:
         self.model = build_model(recipe, world)
         self.tokenizer_from = check_streams(recipe, self.model, [s.stream for s in self.sources], self.validation)
         self.objective: Objective = Sft(recipe.seed) if recipe.objective == "sft" else pretrain
-        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.optimizer = build_optimizer(self.model, recipe.optimizer, recipe.train.precision, recipe.seed)
 
-        self.output.mkdir(parents=True, exist_ok=True)
         checkpoint = latest_checkpoint(self.output)
         self.state = TrainState() if checkpoint is None else load_training(checkpoint, self.model, self.optimizer)
         if self.state.expert_fractions is not None:
@@ -84,6 +83,7 @@ class Trainer:
         self.steps = planned_steps(recipe, self.loader)
         self.peak = peak_flops(world.device)
         self.stopping = False
+        self.output.mkdir(parents=True, exist_ok=True)
         if world.rank == 0:
             replace_file(self.output / "recipe.json", json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
         self.log = MetricsLog(
@@ -175,7 +175,7 @@ class Trainer:
         )
 
     def validate(self) -> dict[str, float]:
-        """Mean loss a target on each validation stream, by name; the ranks share its batches."""
+        """Mean loss a target on each validation stream, by its name and, where it has several, its sources'."""
         losses = {}
         for name, stream in self.validation.items():
             data = self.recipe.data
@@ -185,7 +185,9 @@ class Trainer:
                 tokens_per_batch=data.sequence_length * data.packs_per_micro_batch,
                 max_tokens=data.validation_tokens,
             )
-            losses[name] = mean_loss(self.model, batches, self.world)
+            means = mean_losses(self.model, batches, self.world, len(stream.sources))
+            names = [name] if len(means) == 1 else [f"{name}/{source}" for source in stream.sources]
+            losses |= dict(zip(names, means, strict=True))
         if losses:
             self.log.validation(self.state.step, self.state.tokens, losses)
         return losses
@@ -231,21 +233,27 @@ class Trainer:
         ]
         if checkpoint is not None:
             lines.append(f"  resuming from {checkpoint}")
+            if self.state.step >= self.steps:
+                lines.append(f"  nothing to do: step {self.state.step} of {self.steps} is done")
         return "\n".join(lines)
 
 
 @torch.no_grad()
-def mean_loss(model: Transformer, batches: Iterable[Batch], world: World) -> float:
-    """Mean negative log-likelihood of a target over `batches`, nats; each rank takes every world-th batch."""
+def mean_losses(model: Transformer, batches: Iterable[Batch], world: World, sources: int) -> list[float]:
+    """Mean negative log-likelihood of a target of each source over `batches`, nats; NaN of one that is not in them.
+
+    Each rank takes every world-th batch.
+    """
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(2, sources, dtype=torch.float64, device=world.device)  # of losses, of weights
     for batch in _share(batches, world):
-        sums[1] += float(batch.weights.sum())
         batch = batch.to(world.device)
         hidden = model(batch.tokens, batch.layout).hidden
-        sums[0] += model.head.loss(hidden, batch.targets, token_weights=batch.weights, rows=batch.target_rows).loss
-    total, weight = world.sum(sums).tolist()
-    return total / weight if weight else math.nan
+        output = model.head.loss(hidden, batch.targets, token_weights=batch.weights, rows=batch.target_rows)
+        source = batch.source_ids.long()[batch.layout.segment_ids]
+        sums.index_add_(1, source, torch.stack([output.nll * batch.weights, batch.weights]).double())
+    totals, weights = world.sum(sums).tolist()
+    return [total / weight if weight else math.nan for total, weight in zip(totals, weights, strict=True)]
 
 
 def _share(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
@@ -263,8 +271,9 @@ def build_model(recipe: Recipe, world: World) -> Transformer:
     config = recipe.model.new if source is None else read_config(source)
     assert config is not None
     kernels = recipe.kernels
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     with torch.device("cpu" if world.mesh is None else "meta"):
-        model = Transformer(config, attention=kernels.attention, moe=kernels.moe, device=world.device)
+        model = Transformer(config, attention=kernels.attention, moe=kernels.moe, device=world.device, dtype=dtype)
     model.set_recompute(recipe.train.recompute)
     shard(model, world, recipe.train.precision)
     model.to_empty(device=world.device) if world.mesh else model.to(world.device)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenmill.kernels.backends import cast
 from tokenmill.kernels.moe.router import Routing
 
 
@@ -26,7 +27,7 @@ def _sum_choices(ys: Tensor, inverse: Tensor, weights: Tensor | None = None) -> 
     """(T, D) sum, weighted or not, in float32 of each token's k rows of ys (T * k, D): an embedding bag a token."""
     accurate = ys.to(torch.promote_types(ys.dtype, torch.float32))
     weights = None if weights is None else weights.to(accurate.dtype)
-    return F.embedding_bag(inverse, accurate, per_sample_weights=weights, mode="sum").to(ys.dtype)
+    return cast(F.embedding_bag(inverse, accurate, per_sample_weights=weights, mode="sum"), ys.dtype)
 
 
 class _Permute(torch.autograd.Function):

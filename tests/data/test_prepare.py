@@ -83,7 +83,7 @@ def test_progress_goes_to_stderr(tmp_path, small, capfd):
 BAD_ROWS = [
     (b'{"text": "a"}\n{"text": "b"\n', r"a\.jsonl:2: not JSON"),
     (b'{"text": "a"}\n\n[1]\n', r"a\.jsonl:3: a list, expected an object"),
-    (b'{"body": "a", "id": 1}\n', r"a\.jsonl:1: no key 'text', 'messages'.*\(found 'body', 'id'\): .*text_key"),
+    (b'{"body": "a", "id": 1}\n', r"a\.jsonl:1: no key 'text', 'messages'.*\(found 'body', 'id'\): .*--text-key"),
     (b"{}\n", r"a\.jsonl:1: no key 'text'.*\(found none\)"),
     (b'{"text": 3}\n', r"a\.jsonl:1: 'text' is a int, expected a string"),
     (b'{"text": "a"}\n{"text": " \\n"}\n', r"a\.jsonl:2: 'text' is empty"),

@@ -59,7 +59,7 @@ def test_uniform_is_that_of_cpp(dim):
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [("torch", torch.float32), ("torch", torch.bfloat16), ("triton", torch.float32), ("triton", torch.float16)],
+    [(b, d) for b in ("torch", "triton") for d in (torch.float32, torch.bfloat16, torch.float16)],
 )
 @pytest.mark.parametrize("dim", [1, 20, 130])
 def test_noisy_rows_bit_by_bit(backend, dtype, dim, monkeypatch):

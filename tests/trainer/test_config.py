@@ -56,7 +56,10 @@ def test_values_defaults_and_overrides(tmp_path):
         ("--optimizer.betas=[1]", "optimizer.betas: expected a list of a number"),
         ("--model.new.dim=4", "model.new.n_layers is missing"),
         ("--output.folder=4", "'output' is a value, not a section"),
-        ("--schedule.warmup=0.9", "warmup [+] decay"),
+        ("--schedule={kind='wsd', warmup=0.9}", "warmup [+] decay"),
+        ("--schedule.warmup=0.9", None),
+        ("--seed=-1", "seed: expected 0 to"),
+        ('--data.validation=["a/x", "b/x"]', "data.validation: expected folders with different names"),
         ("steps", "expected --section.key=value"),
     ],
 )

@@ -117,3 +117,14 @@ def test_bf16_mixed_trains_close_to_fp32(recipe, tmp_path):
     for a, b in zip(fp32, bf16, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
     assert all(p.dtype == torch.float32 for p in load_model(tmp_path / "bf16", None).parameters())
+
+
+def test_bf16_throughout_trains_close_to_fp32_and_resumes_on_two_ranks(recipe, tmp_path):
+    run(recipe, 1, f"--output={tmp_path / 'fp32'}")
+    options = (f"--output={tmp_path / 'bf16'}", "--train.precision=bf16", "--train.checkpoint_every=1")
+    stop_at(start(recipe, 1, *options), 5, signal.SIGKILL)
+    run(recipe, 2, *options)
+    fp32, bf16 = (records(tmp_path / name)[0] for name in ("fp32", "bf16"))
+    for a, b in zip(fp32, bf16, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+    assert all(p.dtype == torch.bfloat16 for p in load_model(tmp_path / "bf16", None).parameters())

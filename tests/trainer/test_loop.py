@@ -183,3 +183,38 @@ def test_the_resolved_recipe_is_saved(make_recipe):
     newest = latest_checkpoint(Path(recipe.output))
     assert newest is not None
     assert json.loads((newest / "checkpoint.json").read_text())["recipe"] == saved
+
+
+def test_another_shape_under_a_checkpoint_is_refused(make_recipe):
+    Trainer(make_recipe()).train()
+    with pytest.raises(ValueError, match="its model has sliding_window = 9, the recipe's 5"):
+        Trainer(make_recipe("--model.new.sliding_window=5", "--train.steps=20"))
+
+
+def test_a_flipped_bit_is_not_trained_on(make_recipe, streams, tmp_path):
+    import shutil
+
+    shutil.copytree(streams / "notes", tmp_path / "notes")
+    file = tmp_path / "notes" / "00000.tokens"
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    trainer = Trainer(make_recipe(f'--data.sources=[{{stream="{tmp_path / "notes"}"}}]'))
+    with pytest.raises(ValueError, match=r"00000.tokens: block 0 .* does not match its checksum"):
+        trainer.train()
+
+
+def test_validation_is_by_source(make_recipe, streams, tmp_path):
+    from tokenmill.data.prepare import prepare
+
+    files = [streams / "notes.jsonl", streams / "talks.jsonl"]
+    prepare(files, streams / "tokenizer.model", tmp_path / "both", progress=False)
+    singles = Trainer(make_recipe(f'--data.validation=["{streams}/notes", "{streams}/talks"]', *ALL))
+    both = Trainer(make_recipe(f'--data.validation=["{tmp_path / "both"}"]', *ALL))
+    expected = {f"both/{name}": loss for name, loss in singles.validate().items()}
+    assert both.validate() == pytest.approx(expected, rel=1e-6)
+    for trainer in (singles, both):
+        trainer.log.close()
+
+
+ALL = ["--data.validation_tokens=1000000"]

@@ -11,6 +11,8 @@ class MoEConfig:
     top_k: int = 2
 
     def __post_init__(self) -> None:
+        if type(self.n_experts) is not int or type(self.top_k) is not int:
+            raise ValueError(f"moe.n_experts and moe.top_k must be integers, got {self.n_experts!r}, {self.top_k!r}")
         if not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"moe.top_k must lie in 1..n_experts ({self.n_experts}), got {self.top_k}")
 
@@ -31,11 +33,17 @@ class ModelConfig:
     sliding_window: int | None = None  # keys a query sees, itself included; None: all before it
     moe: MoEConfig | None = None
     max_positions: int = 32768  # what the model was made for; nothing here depends on it
-    bos_id: int = 1
-    eos_id: int = 2
+    bos_id: int | None = 1
+    eos_id: int | None = 2
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
+        optional = ("sliding_window", "bos_id", "eos_id")
+        sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_positions")
+        for name in sizes + optional:
+            value = getattr(self, name)
+            if type(value) is not int and not (value is None and name in optional):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.n_heads % self.n_kv_heads:

@@ -196,8 +196,9 @@ class Transformer(nn.Module):
             local.copy_(whole[first : first + local.shape[0]])
 
     def forward(self, tokens: Tensor, layout: Layout, *, noise: Noise | None = None) -> ModelOutput:
-        """tokens (T,) laid out by `layout` -> hidden (T, D) and each layer's routing. `noise`: NEFTune's."""
-        x: Tensor = self.embed(tokens, layout, noise)
+        """tokens (T,) laid out by `layout` -> hidden (T, D) and each layer's routing. `noise`: NEFTune's, added in
+        training only."""
+        x: Tensor = self.embed(tokens, layout, noise if self.training else None)
         residual, routings = None, []
         for block in self.blocks:
             x, residual, routing = block(x, residual, layout)

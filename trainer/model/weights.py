@@ -7,6 +7,7 @@ copies rows out, and both check that no tensor was missed or invented.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -89,27 +90,31 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
     """
     path = Path(folder) / "config.json"
     raw = _read_json(path)
-    kind = raw.get("model_type")
-    if kind not in ("mistral", "mixtral"):
-        raise ValueError(f"{path}: model_type is {kind!r}, expected 'mistral' or 'mixtral'")
+    try:
+        return _config_of(raw)
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:  # also a text where a number belongs
+        raise ValueError(f"{path}: {error}") from None
 
+
+def _config_of(raw: dict[str, Any]) -> ModelConfig:
     def need(key: str) -> Any:
         if raw.get(key) is None:
-            raise ValueError(f"{path}: key {key!r} is missing")
+            raise ValueError(f"key {key!r} is missing")
         return raw[key]
 
+    kind = raw.get("model_type")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for key, value, expected in (
-        ("rope_type", rope_type, "default"),
-        ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
-        ("tie_word_embeddings", bool(raw.get("tie_word_embeddings", False)), False),
+    for key, value, supported in (
+        ("model_type", kind, ("mistral", "mixtral")),
+        ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default",)),
+        ("hidden_act", raw.get("hidden_act", "silu"), ("silu",)),
+        ("tie_word_embeddings", bool(raw.get("tie_word_embeddings", False)), (False,)),
     ):
-        if value != expected:
-            raise ValueError(f"{path}: {key} is {value!r}, only {expected!r} is supported")
+        if value not in supported:
+            raise ValueError(f"{key} is {value!r}, supported is {' or '.join(map(repr, supported))}")
     theta = raw.get("rope_theta", rope.get("rope_theta"))
     if theta is None:
-        raise ValueError(f"{path}: key 'rope_theta' is missing")
+        raise ValueError("key 'rope_theta' is missing")
     dim, heads = need("hidden_size"), need("num_attention_heads")
     eos = raw.get("eos_token_id", 2)
     return ModelConfig(
@@ -120,13 +125,13 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
         head_dim=raw.get("head_dim") or dim // heads,
         hidden_dim=need("intermediate_size"),
         vocab_size=need("vocab_size"),
-        norm_eps=need("rms_norm_eps"),
+        norm_eps=float(need("rms_norm_eps")),
         rope_theta=float(theta),
         sliding_window=raw.get("sliding_window"),
         moe=MoEConfig(need("num_local_experts"), need("num_experts_per_tok")) if kind == "mixtral" else None,
         max_positions=raw.get("max_position_embeddings", 32768),
         bos_id=raw.get("bos_token_id", 1),
-        eos_id=eos[0] if isinstance(eos, list) else eos,
+        eos_id=next(iter(eos), None) if isinstance(eos, list) else eos,
     )
 
 
@@ -189,12 +194,21 @@ def load_weights(model: Transformer, folder: str | Path) -> None:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {next(iter(missing))!r}")
 
 
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype of a folder's tensors; of mixed ones that which holds them all."""
+    dtypes = {tensor[:0].dtype for _, _, tensor in _slices(Path(folder))}
+    return functools.reduce(torch.promote_types, dtypes)
+
+
 def load_hf(
-    folder: str | Path, dtype: torch.dtype = torch.float32, *, attention: str = "auto", moe: str = "auto"
+    folder: str | Path, dtype: torch.dtype | None = None, *, attention: str = "auto", moe: str = "auto"
 ) -> tuple[Transformer, ModelConfig]:
-    """A Hugging Face Mistral or Mixtral folder as our model, on the CPU. Raises as `load_weights` does."""
+    """A Hugging Face Mistral or Mixtral folder as our model, on the CPU; `dtype` None keeps the files' own.
+
+    Raises as `load_weights` does.
+    """
     config = read_hf_config(folder)
-    model = Transformer(config, attention=attention, moe=moe, dtype=dtype)
+    model = Transformer(config, attention=attention, moe=moe, dtype=dtype or stored_dtype(folder))
     load_weights(model, folder)
     return model, config
 
@@ -244,7 +258,12 @@ def copy_tokenizer(source: str | Path | None, folder: Path) -> None:
 def _slices(folder: Path) -> Iterator[tuple[Path, str, Any]]:
     """(file, name, a safetensors slice: nothing is read yet) of every tensor of a folder."""
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
+    files = ["model.safetensors"]
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index}: expected an object from tensors to files under 'weight_map'")
+        files = sorted(set(weight_map.values()))
     for name in files:
         if Path(name).name != name:
             raise ValueError(f"{index}: shard name {name!r} leads out of the folder")
@@ -261,8 +280,11 @@ def _slices(folder: Path) -> Iterator[tuple[Path, str, Any]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; expected a Hugging Face model folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected an object, found {type(raw).__name__}")
+    return raw

@@ -138,8 +138,20 @@ def test_wrong_folders_are_named(tmp_path):
     ):
         path.write_text(json.dumps(config | {key: value}))
         refuse(key)
+    for key, value in (("hidden_size", "48"), ("sliding_window", 7.5), ("num_local_experts", "4"), ("rope_theta", {})):
+        path.write_text(json.dumps(config | {key: value}))
+        refuse(r"config.json: ")
     path.write_text("{")
     refuse("not valid JSON")
+    path.write_text("[]")
+    refuse("expected an object, found list")
+    path.write_text(json.dumps(config | {"bos_token_id": None, "eos_token_id": [7, 8]}))
+    assert read_hf_config(tmp_path / "hf").bos_id is None
+    assert read_hf_config(tmp_path / "hf").eos_id == 7
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    for text in ("[]", '{"weight_map": []}', '{"weight_map": {"a": "../b"}}'):
+        index.write_text(text)
+        refuse("index.json: ")
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
@@ -155,5 +167,6 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
     monkeypatch.undo()
     (tmp_path / "out").mkdir()
+    save_hf(model, tmp_path / "out")  # an empty folder is as good as none
     with pytest.raises(FileExistsError, match="out already exists"):
         save_hf(model, tmp_path / "out")

@@ -1,0 +1,118 @@
+"""The visit to a GPU machine, rehearsed: what its report holds, and that one part's failure costs only its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+import torch
+
+from tokenmill.bench import checks, ops
+from tokenmill.bench.gpu import PARTS, Part, Place, visit
+
+
+def raises(place: Place) -> list:
+    raise RuntimeError("no such luck")
+
+
+def crashes(place: Place) -> list:
+    os._exit(3)
+
+
+def hangs(place: Place) -> list:
+    time.sleep(600)
+    return []
+
+
+def does_not_hold(place: Place) -> list:
+    return [{"what": "a sum", "held": False}]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Place:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return Place(torch.device("cpu"), True, tmp_path)
+
+
+def run(folder, parts: list[Part], **options) -> tuple[int, dict]:
+    status = visit(folder, rehearse=True, parts=parts, **options)
+    return status, json.loads((folder / "gpu.json").read_text())
+
+
+def test_a_failure_costs_only_its_own_part(tmp_path, capsys):
+    noise = Part("tokenmill.bench.checks:noise", 60, check=True)
+    broken = [Part(f"{__name__}:raises", 60), Part(f"{__name__}:crashes", 60)]
+    status, report = run(tmp_path, [*broken, noise])
+    parts = report["parts"]
+    assert status == 1
+    assert report["date"].endswith("+00:00")
+    assert report["rehearsal"]
+    (machine,) = report["machine"]["rows"]
+    assert machine["torch"] == torch.__version__
+    assert {"device", "driver_version", "triton", "cuda", "python"} <= machine.keys()
+    assert parts[f"{__name__}:raises"]["status"] == "failed"
+    assert "Traceback" in parts[f"{__name__}:raises"]["error"]
+    assert "no such luck" in parts[f"{__name__}:raises"]["error"]
+    assert "exit code 3" in parts[f"{__name__}:crashes"]["error"]
+    assert parts[noise.function]["status"] == "done"
+    assert all(row["held"] for row in parts[noise.function]["rows"])
+    assert f"failed: {__name__}:raises, {__name__}:crashes" in capsys.readouterr().out
+
+
+def test_a_hanging_part_is_ended_and_a_spent_budget_said(tmp_path):
+    hanging, late = Part(f"{__name__}:hangs", 2), Part("tokenmill.bench.ops:ceilings", 60)
+    status, report = run(tmp_path, [hanging, late], budget=60)
+    assert status == 1
+    assert "ended after 2 s" in report["parts"][hanging.function]["error"]
+    assert report["parts"][late.function]["status"] == "done"
+    assert "in hangs" in (tmp_path / "gpu.log").read_text()
+
+    status, report = run(tmp_path, [late], budget=0)
+    assert report["parts"][late.function] == {"status": "not measured", "reason": "the budget of 0 s was spent"}
+    assert status == 0
+    assert run(tmp_path, [Part(late.function, 60, check=True)], budget=0)[0] == 1
+
+
+def test_a_check_that_does_not_hold_shows_in_the_exit_status(tmp_path):
+    status, report = run(tmp_path, [Part(f"{__name__}:does_not_hold", 60, check=True)])
+    assert status == 1
+    assert report["parts"][f"{__name__}:does_not_hold"]["status"] == "done"
+
+
+def test_every_part_exists():
+    from tokenmill.bench import training
+
+    modules = {"checks": checks, "ops": ops, "training": training}
+    for part in PARTS:
+        module, name = part.function.removeprefix("tokenmill.bench.").split(":")
+        assert callable(getattr(modules[module], name))
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "elementwise", "attention", "moe", "optimizer"])
+def test_operations_hold(place, name):
+    rows = getattr(checks, name)(place)
+    assert all(row["held"] is not False for row in rows)
+    assert any(row["held"] for row in rows)
+
+
+def test_a_wrong_operation_does_not_hold():
+    inputs = [torch.randn(5, 7)]
+
+    def definition(x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    def unwritten(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.sin()[:4], x.new_empty(1, 7)])
+
+    assert checks.compared("right", torch.float32, definition, definition, inputs)["held"]
+    assert not checks.compared("wrong", torch.float32, lambda x: x.sin() * 1.0001, definition, inputs)["held"]
+    assert not checks.compared("unwritten", torch.float32, unwritten, definition, inputs)["held"]
+
+
+@pytest.mark.parametrize("name", ["ceilings", "cross_entropy", "attention", "moe", "elementwise"])
+def test_measurements_are_complete(place, name):
+    for row in getattr(ops, name)(place):
+        assert row["ms"] > 0
+        assert row["runs"] >= 3
