@@ -18,10 +18,14 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-prove: .venv/test
+# The whole suite with the pinned torch; the quick one, and the rehearsal of a GPU visit, with the oldest that is
+# supported, whose build brings 5 GB of CUDA along.
+prove: .venv/test .venv-oldest/test
 	$(BIN)/python -m pytest
+	.venv-oldest/bin/python -m pytest -m "not slow"
+	.venv-oldest/bin/tokenmill bench gpu --rehearse --output build/rehearsal
 
-# One environment; the marker file is the extra that was installed, and when.
+# An environment: the marker file is the extra that was installed, and when.
 .venv/%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
@@ -29,5 +33,10 @@ prove: .venv/test
 	ln -s ../../../kernels ../../../trainer ../../../data ../../../bench ../../../csrc/_C.pyi build/names/tokenmill
 	touch $@
 
+.venv-oldest/%: $(SOURCES)
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt '.[$*]'
+	touch $@
+
 clean:
-	rm -rf .venv build runs
+	rm -rf .venv .venv-oldest build runs
