@@ -23,6 +23,7 @@ from torch import Tensor
 from tokenmill.data.batch import IGNORE, Batch
 from tokenmill.trainer.config import LossSection, OptimizerSection
 from tokenmill.trainer.model import ModelConfig, MoEConfig, Transformer
+from tokenmill.trainer.model.recompute import Recompute
 from tokenmill.trainer.model.weights import save_hf
 from tokenmill.trainer.objectives.pretrain import StepContext, pretrain
 from tokenmill.trainer.optim import build_optimizer
@@ -32,12 +33,18 @@ Steps = list[tuple[float, float]]  # seconds and loss of each step
 
 
 def compare(
-    model: Transformer, batches: Sequence[Batch], optimizer: OptimizerSection, rounds: int = 3
+    model: Transformer,
+    batches: Sequence[Batch],
+    optimizer: OptimizerSection,
+    rounds: int = 3,
+    recompute: Recompute = "none",
 ) -> dict[str, Steps]:
-    """Train fresh copies of `model` on `batches`, a step each, on every side, `rounds` times in turn.
+    """Train fresh copies of `model` on `batches`, a step each, on every side, `rounds` times in turn. With `recompute`
+    full the Trainer checkpoints its activations too; selective is ours alone.
 
     Returns each side's steps, round after round. Raises ImportError where transformers or accelerate is missing.
     """
+    model.set_recompute(recompute)
     sides: dict[str, Callable[[], Steps]] = {OURS: lambda: _ours(copy.deepcopy(model), batches, optimizer)}
     result: dict[str, Steps] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -45,7 +52,7 @@ def compare(
         save_hf(model, folder / "hf")
         for way, inputs in (("padded", _padded), ("packed", _packed)):
             rows = [inputs(batch) for batch in batches]
-            sides[f"HF Trainer, {way}"] = lambda rows=rows: _theirs(folder, rows, optimizer)
+            sides[f"HF Trainer, {way}"] = lambda rows=rows: _theirs(folder, rows, optimizer, recompute == "full")
         for _ in range(rounds):
             for side, run in sides.items():
                 result.setdefault(side, []).extend(run())
@@ -87,13 +94,14 @@ def documents(tokens: int, steps: int, vocabulary: int, seed: int = 0) -> list[B
     return batches
 
 
-def main(tokens: int = 1024, steps: int = 8) -> None:
+def main(recompute: Recompute = "none", tokens: int = 1024, steps: int = 8) -> None:
     """`tokenmill bench step`: a tiny Mistral and a tiny Mixtral."""
     for name, experts in (("Mistral", None), ("Mixtral", 4)):
         model = tiny(experts)
         batches = documents(tokens, steps, model.config.vocab_size)
-        result = compare(model, batches, OptimizerSection(1e-3))
-        print(f"tiny {name}, {model.config.parameters():,} parameters, {tokens:,} tokens a step, fp32 on a CPU")
+        result = compare(model, batches, OptimizerSection(1e-3), recompute=recompute)
+        parameters = f"{model.config.parameters():,} parameters"
+        print(f"tiny {name}, {parameters}, {tokens:,} tokens a step, fp32 on a CPU, recomputation {recompute}")
         print(summary(batches, result), flush=True)
 
 
@@ -114,7 +122,9 @@ def _ours(model: Transformer, batches: Sequence[Batch], section: OptimizerSectio
     return steps
 
 
-def _theirs(folder: Path, rows: list[dict[str, Tensor]], section: OptimizerSection) -> Steps:
+def _theirs(
+    folder: Path, rows: list[dict[str, Tensor]], section: OptimizerSection, gradient_checkpointing: bool
+) -> Steps:
     import transformers
 
     seconds: list[float] = []
@@ -155,6 +165,7 @@ def _theirs(folder: Path, rows: list[dict[str, Tensor]], section: OptimizerSecti
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
+        gradient_checkpointing=gradient_checkpointing,
         use_cpu=True,
     )
     verbosity = transformers.logging.get_verbosity()

@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides = overrides
     try:
         options.command(options)
+    except BrokenPipeError:  # `tokenmill inspect ... | head` has read enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (else Python complains again when it ends)
+        return 0
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("TOKENMILL_DEBUG"):
             raise
@@ -81,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("what", choices=["step", "gpu"], help="step: beside HF Trainer; gpu: all there is for a bare GPU")
     c.add_argument("--output", default="runs/gpu", help="gpu: folder for the results (default: runs/gpu)")
     c.add_argument("--budget", type=float, default=520, help="gpu: seconds that it may take (default: 520)")
+    c.add_argument(
+        "--recompute", choices=["none", "selective", "full"], default="none", help="step: activation checkpointing"
+    )
     c.add_argument("--rehearse", action="store_true", help="gpu: every line of it on a CPU, at tiny shapes")
 
     c = command("eval", _eval, "Multiple-choice accuracy of a model.")
@@ -161,7 +167,7 @@ def _bench(options: argparse.Namespace) -> None:
     else:
         from tokenmill.bench import step
 
-        step.main()
+        step.main(options.recompute)
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -7,12 +7,12 @@ from tokenmill.trainer.config import OptimizerSection
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers' Trainer warns of is its own
-@pytest.mark.parametrize("experts", [None, 3])
-def test_all_sides_take_the_same_steps(experts):
+@pytest.mark.parametrize(("experts", "recompute"), [(None, "full"), (3, "none"), (3, "selective")])
+def test_all_sides_take_the_same_steps(experts, recompute):
     model = tiny(experts, window=16)
     batches = documents(150, 3, model.config.vocab_size)
     assert [batch.tokens.numel() for batch in batches] == [150] * 3
-    result = compare(model, batches, OptimizerSection(1e-3), rounds=1)
+    result = compare(model, batches, OptimizerSection(1e-3), rounds=1, recompute=recompute)
     assert len(result) == 3
     for side, steps in result.items():
         for (_, ours), (_, theirs) in zip(result[OURS], steps, strict=True):
