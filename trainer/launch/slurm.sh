@@ -9,8 +9,14 @@
 #SBATCH --signal=USR1@120
 set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# torchrun passes on only SIGTERM, so the trainers themselves are signalled, which srun's children are on every node.
-trap 'srun --overlap --ntasks-per-node=1 pkill -USR1 -f "[t]okenmill.trainer" || true; wait; scontrol requeue "$SLURM_JOB_ID"' USR1
+# USR1 would end torchrun itself, so only the processes that it started are signalled, on every node: theirs are the
+# command lines with "-u -m".
+checkpoint() {
+  srun --overlap --ntasks-per-node=1 pkill -USR1 -f -- '-u -m tokenmill[.]trainer' || true
+  wait
+  scontrol requeue "$SLURM_JOB_ID"
+}
+trap checkpoint USR1
 srun torchrun --nnodes="$SLURM_NNODES" --nproc-per-node=gpu \
   --rdzv-backend=c10d --rdzv-endpoint="$head:29500" --rdzv-id="$SLURM_JOB_ID" -m tokenmill.trainer "$@" &
 wait $!
