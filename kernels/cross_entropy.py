@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from tokenmill.kernels import launch
 from tokenmill.kernels.backends import Backend, choose
@@ -227,7 +227,7 @@ def _scatter(values: Tensor, rows: Tensor | None, total: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------- autograd binding
 
 
-@torch.library.custom_op("tokenmill::linear_cross_entropy", mutates_args=())
+@library.custom_op("tokenmill::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, rows: Tensor | None, z_loss: float,
     of_hidden: bool, of_weight: bool, use_triton: bool,
@@ -258,7 +258,7 @@ def _(hidden, weight, targets, token_weights, rows, z_loss, of_hidden, of_weight
     )
 
 
-@torch.library.custom_op("tokenmill::scale_", mutates_args=("values",))
+@library.custom_op("tokenmill::scale_", mutates_args=("values",))
 def _scale_(values: Tensor, factor: Tensor) -> None:
     """values *= factor, a scalar on the device that the host never waits for."""
     count = values.numel()
@@ -290,7 +290,7 @@ def _loss_backward(ctx, d_loss, *_):
 _linear_cross_entropy.register_autograd(_loss_backward, setup_context=_loss_setup)
 
 
-@torch.library.custom_op("tokenmill::token_logprobs", mutates_args=())
+@library.custom_op("tokenmill::token_logprobs", mutates_args=())
 def _token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None, use_triton: bool) -> Tensor:
     x = _gather(hidden, rows)
     nll, *_ = _chunked(x, weight, _gather(targets, rows), x, 0.0, False, False, use_triton)
@@ -302,7 +302,7 @@ def _(hidden, weight, targets, rows, use_triton):
     return hidden.new_empty(hidden.shape[0], dtype=_accumulator(hidden))
 
 
-@torch.library.custom_op("tokenmill::token_logprobs_backward", mutates_args=())
+@library.custom_op("tokenmill::token_logprobs_backward", mutates_args=())
 def _token_logprobs_backward(
     upstream: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None,
     of_hidden: bool, of_weight: bool, use_triton: bool,

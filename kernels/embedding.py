@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from tokenmill.kernels import launch
 from tokenmill.kernels.backends import Backend, choose
@@ -190,7 +190,7 @@ def _join_pieces_kernel(sorted_tokens, partials, d_weight, count, vocab, dim, PI
 # --------------------------------------------------------------------------------------------------- autograd binding
 
 
-@torch.library.custom_op("tokenmill::embed", mutates_args=())
+@library.custom_op("tokenmill::embed", mutates_args=())
 def _embed(tokens: Tensor, weight: Tensor, noise: list[Tensor], use_triton: bool) -> Tensor:
     if not use_triton:  # in the operator too: a compiler that saw the sum could fuse it with the product
         return reference(tokens, weight, noise)
@@ -214,7 +214,7 @@ def _(tokens, weight, noise, use_triton):
     return weight.new_empty(tokens.numel(), weight.shape[1])
 
 
-@torch.library.custom_op("tokenmill::embed_backward", mutates_args=())
+@library.custom_op("tokenmill::embed_backward", mutates_args=())
 def _embed_backward(d_out: Tensor, tokens: Tensor, vocab: int, use_triton: bool) -> Tensor:
     """(V, D) of d_out's dtype from d_out (T, D), summed in fp32; 0 where a row was not looked up."""
     if not use_triton:

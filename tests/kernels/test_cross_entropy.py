@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from tokenmill.kernels import cross_entropy, launch
 from tokenmill.kernels.cross_entropy import IGNORE, LossOutput, linear_cross_entropy, reference, token_logprobs
@@ -225,11 +225,11 @@ def test_operators_are_well_formed(use_triton):
     loss_args = (hidden, weight, targets, token_weights, rows, 0.1, True, True, use_triton)
     # The remaining check would have backward scale gradients that the caller holds; the public function keeps them.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(cross_entropy._linear_cross_entropy, loss_args, test_utils=checks)
-    torch.library.opcheck(cross_entropy._scale_, (torch.ones(5), torch.tensor(2.0)))
-    torch.library.opcheck(cross_entropy._token_logprobs, (hidden, weight, targets, rows, use_triton))
+    library.opcheck(cross_entropy._linear_cross_entropy, loss_args, test_utils=checks)
+    library.opcheck(cross_entropy._scale_, (torch.ones(5), torch.tensor(2.0)))
+    library.opcheck(cross_entropy._token_logprobs, (hidden, weight, targets, rows, use_triton))
     frozen = (torch.ones(5), hidden.detach(), weight.detach(), targets, rows, True, False, use_triton)
-    torch.library.opcheck(cross_entropy._token_logprobs_backward, frozen)
+    library.opcheck(cross_entropy._token_logprobs_backward, frozen)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from within inductor

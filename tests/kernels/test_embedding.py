@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from tokenmill import _C
 from tokenmill.kernels import embedding, launch
@@ -181,9 +181,9 @@ def test_a_token_outside_the_vocabulary_shows_as_nan():
 def test_operators_are_well_formed(use_triton):
     tokens, weight = lookup(20)
     noise = embedding._noise_tensors(Noise(5.0, SEED, STEP), Layout.from_lengths(LENGTHS, IDS), tokens, 20)
-    torch.library.opcheck(embedding._embed, (tokens, weight, noise, use_triton))
-    torch.library.opcheck(embedding._embed, (tokens, weight, [], use_triton))
-    torch.library.opcheck(embedding._embed_backward, (torch.randn(17, 20), tokens, VOCAB, use_triton))
+    library.opcheck(embedding._embed, (tokens, weight, noise, use_triton))
+    library.opcheck(embedding._embed, (tokens, weight, [], use_triton))
+    library.opcheck(embedding._embed_backward, (torch.randn(17, 20), tokens, VOCAB, use_triton))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from within inductor
