@@ -14,7 +14,7 @@ from torch import Tensor
 Backend = Literal["auto", "triton", "torch"]
 
 # Triton decides between compiler and interpreter where a kernel is decorated, that is when its module is imported.
-_KERNELS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,7 +38,7 @@ def choose(backend: Backend, *tensors: Tensor) -> Literal["triton", "torch"]:
         return "torch"
     if backend != "triton":
         raise ValueError(f"backend is {backend!r}: expected 'auto', 'triton' or 'torch'")
-    if not on_gpu and not _KERNELS_INTERPRETED:
+    if not on_gpu and not INTERPRETED:
         raise ValueError(
             "backend='triton' needs tensors on a GPU, or TRITON_INTERPRET=1 set before tokenmill is imported; "
             "use backend='auto'"

@@ -201,7 +201,7 @@ def _embed(tokens: Tensor, weight: Tensor, noise: list[Tensor], use_triton: bool
         return _embed(tokens, weight.float(), noise, use_triton).to(weight.dtype)
     out = weight.new_empty(tokens.numel(), dim)
     if out.numel():
-        settings: dict[str, Any] = launch.channels(dim) | {"NOISE": bool(noise)}
+        settings: dict[str, Any] = launch.channels("embed", dim) | {"NOISE": bool(noise)}
         _embed_kernel[(tokens.numel(), triton.cdiv(dim, settings["BLOCK"]))](
             tokens.contiguous(), weight.contiguous(), out, segments, positions, document_ids, scales, seed, step,
             vocab, dim, **settings,
@@ -225,7 +225,7 @@ def _embed_backward(d_out: Tensor, tokens: Tensor, vocab: int, use_triton: bool)
         sorted_tokens, order = torch.sort(tokens, stable=True)
         pieces = triton.cdiv(count, launch.RUN_PIECE)
         partials = d_out.new_empty(pieces, 2, dim, dtype=torch.float32)
-        settings: dict[str, Any] = launch.channels(dim) | {"PIECE": launch.RUN_PIECE}
+        settings: dict[str, Any] = launch.channels("embed_backward", dim) | {"PIECE": launch.RUN_PIECE}
         grid = (pieces, triton.cdiv(dim, settings["BLOCK"]))
         d_out = d_out.contiguous()
         _sum_pieces_kernel[grid](sorted_tokens, order, d_out, partials, d_weight, count, vocab, dim, **settings)

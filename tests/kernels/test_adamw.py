@@ -26,7 +26,7 @@ DTYPES = [  # of parameter, gradient and moments
 
 @pytest.fixture(autouse=True)
 def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "channels", lambda dim: {"BLOCK": 64, "num_warps": 1})
+    monkeypatch.setattr(launch, "adamw", lambda count: {"BLOCK": 64, "num_warps": 1})
 
 
 def tensors(*shape: int, dtypes: tuple[torch.dtype, ...] = DTYPES[0]) -> list[Tensor]:

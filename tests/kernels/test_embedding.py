@@ -63,7 +63,7 @@ def test_uniform_is_that_of_cpp(dim):
 )
 @pytest.mark.parametrize("dim", [1, 20, 130])
 def test_noisy_rows_bit_by_bit(backend, dtype, dim, monkeypatch):
-    monkeypatch.setattr(launch, "channels", lambda dim: {"BLOCK": 64, "num_warps": 1})
+    monkeypatch.setattr(launch, "channels", lambda *_: {"BLOCK": 64, "num_warps": 1})
     tokens, weight = lookup(dim, dtype)
     out = embed(tokens, weight, noise=Noise(5.0, SEED, STEP), layout=Layout.from_lengths(LENGTHS, IDS), backend=backend)
     start = 0
