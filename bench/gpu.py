@@ -68,6 +68,7 @@ PARTS = [
     *_parts("training", False, dict(step=90)),
     *_parts("ops", False, dict(elementwise=40, embedding=40, optimizer=30)),
     *_parts("checks", True, dict(compiling=120)),
+    *_parts("training", False, dict(beside_transformers=150)),
 ]
 
 

@@ -2,26 +2,29 @@
 
 Both do a forward and backward pass, clip, and update with torch's fused AdamW, and their losses are compared at every
 step. The Trainer gets the documents in both ways that its users know, padded to a rectangle and packed into one row
-with restarting positions. A step's time is what lies between its begin and end, loading not counted on either side;
-tokens a second are those of real documents.
+with restarting positions. A step's time is what lies between its begin and end, the device's work included and loading
+not counted on either side; tokens a second are those of real documents. In fp32 on a CPU; on a GPU in bf16-mixed, which
+the Trainer calls bf16: fp32 weights and moments, bf16 products.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tokenmill.data.batch import IGNORE, Batch
 from tokenmill.trainer.config import LossSection, OptimizerSection
+from tokenmill.trainer.distributed import join, pick_device, shard
 from tokenmill.trainer.model import ModelConfig, MoEConfig, Transformer
 from tokenmill.trainer.model.recompute import Recompute
 from tokenmill.trainer.model.weights import save_hf
@@ -29,6 +32,7 @@ from tokenmill.trainer.objectives.pretrain import StepContext, pretrain
 from tokenmill.trainer.optim import build_optimizer
 
 OURS = "tokenmill"
+Precision = Literal["fp32", "bf16-mixed"]
 Steps = list[tuple[float, float]]  # seconds and loss of each step
 
 
@@ -38,6 +42,8 @@ def compare(
     optimizer: OptimizerSection,
     rounds: int = 3,
     recompute: Recompute = "none",
+    device: str = "cpu",
+    precision: Precision = "fp32",
 ) -> dict[str, Steps]:
     """Train fresh copies of `model` on `batches`, a step each, on every side, `rounds` times in turn. With `recompute`
     full the Trainer checkpoints its activations too; selective is ours alone.
@@ -45,14 +51,16 @@ def compare(
     Returns each side's steps, round after round. Raises ImportError where transformers or accelerate is missing.
     """
     model.set_recompute(recompute)
-    sides: dict[str, Callable[[], Steps]] = {OURS: lambda: _ours(copy.deepcopy(model), batches, optimizer)}
+    sides: dict[str, Callable[[], Steps]] = {OURS: lambda: _ours(model, batches, optimizer, device, precision)}
     result: dict[str, Steps] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_hf(model, folder / "hf")
         for way, inputs in (("padded", _padded), ("packed", _packed)):
             rows = [inputs(batch) for batch in batches]
-            sides[f"HF Trainer, {way}"] = lambda rows=rows: _theirs(folder, rows, optimizer, recompute == "full")
+            sides[f"HF Trainer, {way}"] = lambda rows=rows: _theirs(
+                folder, rows, optimizer, recompute == "full", device, precision
+            )
         for _ in range(rounds):
             for side, run in sides.items():
                 result.setdefault(side, []).extend(run())
@@ -82,53 +90,87 @@ def tiny(experts: int | None, window: int = 64) -> Transformer:
     return model
 
 
-def documents(tokens: int, steps: int, vocabulary: int, seed: int = 0) -> list[Batch]:
-    """A batch a step, of documents of 20 to 250 random tokens, `tokens` in all."""
+def large(experts: int | None) -> Transformer:
+    """Half as wide as Mistral-7B, with 8 of its layers, or 2 of Mixtral-8x7B's: what fits on a GPU beside fp32 moments
+    on either side.
+    """
+    moe = MoEConfig(experts) if experts else None
+    layers, window = (2, None) if experts else (8, 4096)
+    model = Transformer(ModelConfig(2048, layers, 16, 4, 128, 7168, 32000, sliding_window=window, moe=moe))
+    model.initialise(0)
+    return model
+
+
+def documents(
+    tokens: int, steps: int, vocabulary: int, seed: int = 0, lengths: tuple[int, int] = (20, 250)
+) -> list[Batch]:
+    """A batch a step, of documents of random tokens, as long as `lengths` allow, `tokens` in all."""
     draw = random.Random(seed)
     batches = []
     for _ in range(steps):
-        lengths: list[int] = []
-        while (left := tokens - sum(lengths)) > 0:
-            lengths.append(min(left, draw.randint(20, 250)) if left > 40 else left)
-        batches.append(Batch.from_documents([[draw.randrange(vocabulary) for _ in range(n)] for n in lengths]))
+        sizes: list[int] = []
+        while (left := tokens - sum(sizes)) > 0:
+            sizes.append(min(left, draw.randint(*lengths)) if left > 2 * lengths[0] else left)
+        batches.append(Batch.from_documents([[draw.randrange(vocabulary) for _ in range(n)] for n in sizes]))
     return batches
 
 
-def main(recompute: Recompute = "none", tokens: int = 1024, steps: int = 8) -> None:
-    """`tokenmill bench step`: a tiny Mistral and a tiny Mixtral."""
-    for name, experts in (("Mistral", None), ("Mixtral", 4)):
-        model = tiny(experts)
-        batches = documents(tokens, steps, model.config.vocab_size)
-        result = compare(model, batches, OptimizerSection(1e-3), recompute=recompute)
-        parameters = f"{model.config.parameters():,} parameters"
-        print(f"tiny {name}, {parameters}, {tokens:,} tokens a step, fp32 on a CPU, recomputation {recompute}")
+def main(recompute: Recompute = "none", device: str = "auto") -> None:
+    """`tokenmill bench step`: a tiny Mistral and a tiny Mixtral on a CPU, larger ones on a GPU."""
+    gpu = pick_device(device).type == "cuda"
+    kind, precision = ("cuda", "bf16-mixed") if gpu else ("cpu", "fp32")
+    for name, experts in (("Mistral", None), ("Mixtral", 8 if gpu else 4)):
+        model = large(experts) if gpu else tiny(experts)
+        tokens, lengths = (8192, (200, 2500)) if gpu else (1024, (20, 250))
+        batches = documents(tokens, 8, model.config.vocab_size, lengths=lengths)
+        optimizer, rounds = (OptimizerSection(1e-4), 2) if gpu else (OptimizerSection(1e-3), 3)
+        result = compare(model, batches, optimizer, rounds, recompute, kind, precision)
+        size = f"{model.config.parameters():,} parameters, {tokens:,} tokens a step"
+        where = torch.cuda.get_device_name() if gpu else "a CPU"
+        print(f"{'large' if gpu else 'tiny'} {name}, {size}, {precision} on {where}, recomputation {recompute}")
         print(summary(batches, result), flush=True)
 
 
-def _ours(model: Transformer, batches: Sequence[Batch], section: OptimizerSection) -> Steps:
-    optimizer = build_optimizer(model, section)
+def _ours(
+    model: Transformer, batches: Sequence[Batch], section: OptimizerSection, device: str, precision: Precision
+) -> Steps:
     quiet = LossSection(balance=0.0, router_z=0.0)  # transformers adds no routing loss unless asked
     steps = []
-    model.train()
-    for batch in batches:
-        begin = time.perf_counter()
-        context = StepContext(0, float(batch.weights.sum()), batch.tokens.numel(), None, quiet)
-        loss = pretrain(model, batch, context).total
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), section.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        steps.append((time.perf_counter() - begin, loss.item()))
+    with join(device, sharded=precision == "bf16-mixed") as world:
+        model = copy.deepcopy(model).to(world.device)
+        shard(model, world, precision)
+        optimizer = build_optimizer(model, section)
+        model.train()
+        for batch in batches:
+            begin = time.perf_counter()
+            context = StepContext(0, float(batch.weights.sum()), batch.tokens.numel(), None, quiet)
+            loss = pretrain(model, batch.to(world.device, non_blocking=True), context).total
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), section.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            _wait_for(device)
+            steps.append((time.perf_counter() - begin, loss.item()))
     return steps
 
 
+def _wait_for(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def _theirs(
-    folder: Path, rows: list[dict[str, Tensor]], section: OptimizerSection, gradient_checkpointing: bool
+    folder: Path,
+    rows: list[dict[str, Tensor]],
+    section: OptimizerSection,
+    gradient_checkpointing: bool,
+    device: str,
+    precision: Precision,
 ) -> Steps:
     import transformers
 
     seconds: list[float] = []
-    losses: list[float] = []
+    losses: list[Any] = []  # read at the end: the step does not wait for them
 
     class Clock(transformers.TrainerCallback):
         begin = 0.0
@@ -137,12 +179,13 @@ def _theirs(
             self.begin = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            _wait_for(device)
             seconds.append(time.perf_counter() - self.begin)
 
     class Recording(transformers.Trainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
-            losses.append(float(loss.detach()))  # pyright: ignore[reportAttributeAccessIssue]
+            losses.append(loss.detach())  # pyright: ignore[reportAttributeAccessIssue]
             return loss
 
     class Rows(torch.utils.data.IterableDataset):  # in this order
@@ -166,13 +209,19 @@ def _theirs(
         logging_strategy="no",
         disable_tqdm=True,
         gradient_checkpointing=gradient_checkpointing,
-        use_cpu=True,
+        use_cpu=device == "cpu",
+        bf16=precision == "bf16-mixed",
     )
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        twin = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", use_cache=False)
+        twin = transformers.AutoModelForCausalLM.from_pretrained(
+            folder / "hf",
+            use_cache=False,
+            dtype=torch.float32,
+            attn_implementation="flash_attention_2" if device == "cuda" and _has_flash() else "sdpa",
+        )
         trainer = Recording(
             model=twin, args=arguments, train_dataset=Rows(), data_collator=lambda rows: rows[0], callbacks=[Clock()]
         )
@@ -180,7 +229,11 @@ def _theirs(
         trainer.train()
     finally:
         transformers.logging.set_verbosity(verbosity)
-    return list(zip(seconds, losses, strict=True))
+    return [(time, float(loss)) for time, loss in zip(seconds, losses, strict=True)]
+
+
+def _has_flash() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 def _documents(batch: Batch) -> list[tuple[Tensor, Tensor]]:

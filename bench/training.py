@@ -7,6 +7,7 @@ each public function takes a Place and returns rows.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import pydoc_data.topics
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenmill.bench import step as step_beside
 from tokenmill.bench.gpu import Place
 from tokenmill.bench.ops import NOT_HERE
 from tokenmill.data.batch import Batch
@@ -179,3 +181,21 @@ def _seconds(place: Place, phases: Sequence[Callable[[], None]], times: int) -> 
     if place.device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - begin) / times
+
+
+def beside_transformers(place: Place) -> list[Row]:
+    """`tokenmill bench step`, where transformers and accelerate are there: half a minute or more a model on a GPU."""
+    missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        return [{"what": "beside HF Trainer", "ms": f"not measured: {' and '.join(missing)} is not installed"}]
+    rows = []
+    for name, experts in (("Mistral", None), ("Mixtral", 8)):
+        model = step_beside.tiny(experts) if place.small else step_beside.large(experts)
+        tokens, lengths = (128, (20, 50)) if place.small else (8192, (200, 2500))
+        batches = step_beside.documents(tokens, 3 if place.small else 8, model.config.vocab_size, lengths=lengths)
+        device, precision = ("cpu", "fp32") if place.small else ("cuda", "bf16-mixed")
+        result = step_beside.compare(model, batches, OptimizerSection(1e-4), 1, device=device, precision=precision)
+        table = step_beside.summary(batches, result).splitlines()
+        parameters = model.config.parameters()
+        rows.append({"what": f"beside HF Trainer, {name}, {parameters:,} parameters, {precision}", "table": table})
+    return rows

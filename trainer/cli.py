@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from tokenmill.bench import cli as bench
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; wrong input is one line on stderr and exit status 1 (TOKENMILL_DEBUG=1 shows where it arose)."""
@@ -80,14 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--output", default="runs/profile", help="folder for the trace and the table (runs/profile)")
     c.add_argument("--steps", type=_positive, default=5)
 
-    c = command("bench", _bench, "Measurements.")
-    c.add_argument("what", choices=["step", "gpu"], help="step: beside HF Trainer; gpu: all there is for a bare GPU")
-    c.add_argument("--output", default="runs/gpu", help="gpu: folder for the results (default: runs/gpu)")
-    c.add_argument("--budget", type=float, default=520, help="gpu: seconds that it may take (default: 520)")
-    c.add_argument(
-        "--recompute", choices=["none", "selective", "full"], default="none", help="step: activation checkpointing"
-    )
-    c.add_argument("--rehearse", action="store_true", help="gpu: every line of it on a CPU, at tiny shapes")
+    c = command("bench", None, "Measurements.")
+    bench.add_commands(c)
 
     c = command("eval", _eval, "Multiple-choice accuracy of a model.")
     c.add_argument("model", help="a run's output, a checkpoint or a Hugging Face folder")
@@ -156,18 +152,6 @@ def _profile(options: argparse.Namespace) -> None:
 
     if table := profile(load_recipe(options.recipe, options.overrides), Path(options.output), steps=options.steps):
         print(table)
-
-
-def _bench(options: argparse.Namespace) -> None:
-    if options.what == "gpu":
-        from tokenmill.bench import gpu
-
-        if gpu.visit(Path(options.output), options.budget, options.rehearse):
-            raise ValueError(f"{options.output}/gpu.json: a part failed or a check did not hold; it names which")
-    else:
-        from tokenmill.bench import step
-
-        step.main(options.recompute)
 
 
 def _eval(options: argparse.Namespace) -> None:
