@@ -55,6 +55,7 @@ class TrainSection:
     # bf16-mixed: fp32 weights and moments, bf16 products, fp32 reductions; bf16: all in bf16, stochastically rounded
     precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"
     recompute: Literal["none", "selective", "full"] = "none"  # activation checkpointing
+    deterministic: bool = False  # on a GPU: the same bits every time, slower in attention; a CPU always gives them
     validate_every: int | None = None  # steps; None: at the end only
     checkpoint_every: int | None = None  # steps; None: at the end only
     keep_checkpoints: int = 2

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 from tokenmill.data.batch import Batch
 from tokenmill.data.loader import Loader, Source, sequential_batches
@@ -47,8 +50,24 @@ def train(recipe: Recipe, console: Literal["lines", "bar"] = "lines") -> Path:
 
     Raises ValueError where recipe, model and streams do not fit each other.
     """
-    with join(recipe.device, sharded=recipe.train.precision == "bf16-mixed") as world:
+    sharded = recipe.train.precision == "bf16-mixed"
+    with _deterministic(recipe.train.deterministic), join(recipe.device, sharded=sharded) as world:
         return Trainer(recipe, world, console).train()
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Ask PyTorch and FlashAttention for operations that give the same bits every time, where they have a choice."""
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS then needs before its first product
+        deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        deterministic.fill_uninitialized_memory = before[1]
 
 
 class Trainer:

@@ -20,6 +20,9 @@ class Backend(NamedTuple):
     name: str
     attend: Callable[[Tensor, Tensor, Tensor, Layout, int | None], Tensor]
 
+    def __str__(self) -> str:
+        return f"flash of {flash.source()}" if self.name == "flash" else self.name
+
 
 def choose(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Backend:
     """The backend called `name` ("flash", "sdpa" or "reference"), or the best for the device under "auto".

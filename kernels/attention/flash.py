@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ def _package() -> Callable[..., Any] | None:
         return importlib.import_module("flash_attn").flash_attn_varlen_func
     except ImportError:  # also where it was compiled for another torch
         return None
+
+
+def source() -> str:
+    """Whose FlashAttention runs, and of which version."""
+    return f"PyTorch {torch.__version__}" if _package() is None else f"flash-attn {metadata.version('flash-attn')}"
 
 
 def supports(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -58,6 +64,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None) 
             max_seqlen_k=longest,
             causal=True,
             window_size=(left, 0),
+            deterministic=torch.are_deterministic_algorithms_enabled(),  # PyTorch's own asks for itself
         )
     # What torch.nn.attention.varlen.varlen_attn calls: that function refuses shared key heads before torch 2.13.
     return torch.ops.aten._flash_attention_forward(

@@ -194,6 +194,7 @@ def test_choice():
 
 def test_flash_states_what_it_supports(monkeypatch: pytest.MonkeyPatch):
     cuda = torch.device("cuda")
+    monkeypatch.setattr(flash, "_package", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "compute capability 8.0" in (flash.supports(cuda, torch.float16, 128) or "")
@@ -202,6 +203,7 @@ def test_flash_states_what_it_supports(monkeypatch: pytest.MonkeyPatch):
     assert "not 264" in (flash.supports(cuda, torch.bfloat16, 264) or "")
     assert flash.supports(cuda, torch.bfloat16, 256) is None
     assert choose("auto", cuda, torch.bfloat16, 128).name == "flash"
+    assert str(choose("auto", cuda, torch.bfloat16, 128)) == f"flash of PyTorch {torch.__version__}"
     assert choose("auto", cuda, torch.float32, 128).name == "sdpa"
 
 
@@ -221,6 +223,7 @@ def test_flash_package_is_asked_for_the_window_less_the_own_key(
     assert kwargs.pop("cu_seqlens_q").tolist() == [0, 2, 5]
     assert kwargs.pop("cu_seqlens_k").tolist() == ([0, 3, 20] if own_keys else [0, 2, 5])
     longest = 32 if own_keys else 16
+    assert kwargs.pop("deterministic") is False
     assert kwargs == {"max_seqlen_q": 16, "max_seqlen_k": longest, "causal": True, "window_size": (left, 0)}
     assert type(kwargs["max_seqlen_k"]) is int
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import deterministic
 
 from tokenmill.trainer import loop
 from tokenmill.trainer.checkpoint import latest_checkpoint, load_model
@@ -107,6 +108,19 @@ def test_killed_at_ten_random_moments_is_bitwise_the_same(make_recipe, tmp_path)
     again = load_model(tmp_path / "run")
     for (name, a), b in zip(weights(whole.model).items(), weights(again).values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_deterministic_run_asks_for_it_while_it_lasts(make_recipe, monkeypatch):
+    recipe = make_recipe("--train.deterministic=true", "--train.steps=1")
+    seen = []
+    step = loop.Trainer.step
+    monkeypatch.setattr(
+        loop.Trainer, "step", lambda self: (seen.append(torch.are_deterministic_algorithms_enabled()), step(self))[1]
+    )
+    loop.train(recipe)
+    assert seen == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert deterministic.fill_uninitialized_memory
 
 
 def test_a_finished_run_is_left_as_it_is(make_recipe):

@@ -153,7 +153,7 @@ class Transformer(nn.Module):
         Raises ValueError where one that was named cannot run there.
         """
         attention = attention_kernels.choose(self.names["attention"], device, dtype, self.config.head_dim)
-        self.backends = {"attention": attention.name}
+        self.backends = {"attention": str(attention)}
         experts = None
         if self.config.moe:
             experts = moe_kernels.choose(self.names["moe"], device, dtype)
