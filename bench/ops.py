@@ -1,9 +1,10 @@
 """How long each operation takes at Mistral's and Mixtral's shapes, beside what it has to be measured against.
 
 Times are medians in milliseconds of variants that take turns in one run; before each turn the caches are overwritten,
-and the host has queued the whole of it before the device begins, so that gaps between launches do not count. bf16 on a
-GPU; a rehearsal on a CPU runs the same lines at tiny shapes in fp32. Run by `tokenmill.bench.gpu`: each public function
-takes a Place and returns rows. A row's key "target" says what the ratio beside it is to be.
+so that inputs need not rotate, and the host has queued the whole of it before the device begins, so that gaps between
+launches do not count. bf16 on a GPU; a rehearsal on a CPU runs the same lines at tiny shapes in fp32. Run by
+`tokenmill.bench.gpu`: each public function takes a Place and returns rows. A row's key "target" says what the ratio
+beside it is to be.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenmill.bench import peers
 from tokenmill.bench.gpu import Place
 from tokenmill.kernels import attention as attention_kernels
 from tokenmill.kernels import moe as moe_kernels
@@ -144,6 +146,9 @@ def cross_entropy(place: Place) -> list[Row]:
     def without_gradients() -> None:
         linear_cross_entropy(h, w, targets)
 
+    def theirs(loss: Callable[[], Tensor]) -> None:
+        backward(loss())
+
     variants: Variants = {
         "three bare products": products,
         "linear_cross_entropy": ours,
@@ -151,6 +156,8 @@ def cross_entropy(place: Place) -> list[Row]:
         "naive": naive,
         "loss alone": without_gradients,
     }
+    others = peers.cross_entropy(hidden, weight, targets, place.small)
+    variants |= {name: partial(theirs, loss) for name, loss in others.items()}
     rows = timed(place, variants, 8)
     for name, run in variants.items():
         hidden.grad = weight.grad = None
@@ -256,26 +263,39 @@ def elementwise(place: Place) -> list[Row]:
     gate_up = _randn(place, count, 2 * hidden)
     q, k = _randn(place, count, heads, head_dim), _randn(place, count, heads // 4, head_dim)
     layout = Layout.from_lengths([count], device=place.device)
-    token, turned = x.nbytes, q.nbytes + k.nbytes
-    cases: dict[str, tuple[Callable[[], Any], list[Tensor], int, int]] = {  # bytes read and written forward, backward
-        "rms_norm": (lambda: norms.rms_norm(x, weight, 1e-5), [x, weight], 2 * token, 3 * token),
-        "add + rms_norm": (
-            lambda: norms.rms_norm(x, weight, 1e-5, residual), [x, weight, residual], 4 * token, 4 * token,
+    token, turned, small = x.nbytes, q.nbytes + k.nbytes, place.small
+    cases: list[tuple[str, Callable[[], Any], peers.Peers, list[Tensor], int, int]] = [  # bytes forward, backward
+        (
+            "rms_norm", lambda: norms.rms_norm(x, weight, 1e-5), peers.rms_norm(x, weight, 1e-5, small),
+            [x, weight], 2 * token, 3 * token,
         ),
-        "swiglu": (lambda: swiglu(gate_up), [gate_up], gate_up.nbytes * 3 // 2, gate_up.nbytes * 5 // 2),
-        "rotary": (lambda: apply_rotary(q, k, layout, 1e4), [q, k], 2 * turned, 2 * turned),
-    }  # fmt: skip
+        (
+            "add + rms_norm", lambda: norms.rms_norm(x, weight, 1e-5, residual),
+            peers.add_rms_norm(x, weight, 1e-5, residual, small), [x, weight, residual], 4 * token, 4 * token,
+        ),
+        (
+            "swiglu", lambda: swiglu(gate_up), peers.swiglu(gate_up, small),
+            [gate_up], gate_up.nbytes * 3 // 2, gate_up.nbytes * 5 // 2,
+        ),
+        (
+            "rotary", lambda: apply_rotary(q, k, layout, 1e4), peers.rotary(q, k, layout.positions, 1e4, small),
+            [q, k], 2 * turned, 2 * turned,
+        ),
+    ]  # fmt: skip
     source = gate_up.detach()
     target = torch.empty_like(source)
-    variants: Variants = {"copy": lambda: target.copy_(source)}
     moved = {"copy": 2 * source.nbytes}
-    for name, (run, inputs, forward, backward) in cases.items():
-        variants |= {f"{name} forward": run, f"{name} backward": _backward_of(run(), inputs)}
-        moved |= {f"{name} forward": forward, f"{name} backward": backward}
-    rows = timed(place, variants)
+    variants: Variants = {"copy": lambda: target.copy_(source)}
+    ours = set()
+    for name, run, others, inputs, forward, backward in cases:
+        ours |= {f"{name} forward", f"{name} backward"}
+        for label, call in {name: run, **{f"{name} of {peer}": call for peer, call in others.items()}}.items():
+            variants |= {f"{label} forward": call, f"{label} backward": _backward_of(call(), inputs)}
+            moved |= {f"{label} forward": forward, f"{label} backward": backward}
+    rows = timed(place, variants, 8)
     for name, row in rows.items():
         row["GB/s"] = moved[name] / row["ms"] / 1e6
-        if name != "copy":
+        if name in ours:
             _ratio(row, "of the copy", row["GB/s"] / rows["copy"]["GB/s"], ">= 0.80, 0.90")
     return list(rows.values())
 
