@@ -7,13 +7,14 @@
 
 `linear_cross_entropy` makes its gradients in the forward pass, chunk by chunk: a chunk's logits are overwritten by
 
-    d_logits = w * (1 + 2 * z * lse) * softmax(logits) - w * onehot(target)
+    d_logits = w * (1 + 2 * z * lse) * softmax(logits) - w * onehot(target)         (logits.py)
 
 which two more products turn into d_hidden = d_logits @ weight and d_weight += d_logits.T @ hidden. Backward has only
 to multiply both by the gradient of the loss, a scalar: three products in all.
 
 `token_logprobs` returns -nll. Its upstream gradient is not known in the forward pass, so backward makes the logits of
-each chunk again: four products. It is the same formula with w the negative upstream gradient and z = 0.
+each chunk again: four products. It is the same formula with w the negative upstream gradient and z = 0, and the lse
+is known by then.
 
 Where a target is IGNORE, w, nll and both gradients are 0; so they are in rows left out by `rows`, which do not enter
 the products at all.
@@ -21,7 +22,8 @@ the products at all.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,17 +31,17 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from tokenmill.kernels import launch
+from tokenmill.kernels import launch, logits
 from tokenmill.kernels.backends import Backend, choose
 from tokenmill.kernels.layout import IGNORE
-
-_IGNORE = tl.constexpr(IGNORE)
+from tokenmill.kernels.logits import RowStatistics, accumulator
 
 
 class LossOutput(NamedTuple):
     loss: Tensor  # () fp32, fp64 for fp64 inputs
     nll: Tensor  # (T,) of the same dtype, detached, 0 on rows left out
     correct: Tensor  # (T,) bool: the target is the (first) largest logit; False on rows left out
+    entropy: Tensor  # (T,) as nll: of the predicted distribution, nats
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -49,114 +51,147 @@ def reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None = None, z_loss: float = 0.0
 ) -> LossOutput:
     """The definition, differentiable, with all logits in memory."""
-    logits = (hidden @ weight.T).to(_accumulator(hidden))
-    nll = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
-    lse = logits.logsumexp(-1) * (targets != IGNORE)
-    row_loss = nll + z_loss * lse**2
-    loss = (row_loss if token_weights is None else row_loss * token_weights).sum()
-    return LossOutput(loss, nll.detach(), logits.argmax(-1) == targets)
-
-
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-# ---------------------------------------------------------------------------------- one chunk of logits, in torch
-
-
-def _rows_torch(
-    logits: Tensor, targets: Tensor, weights: Tensor | None, z_loss: float, nll: Tensor, lse: Tensor, correct: Tensor
-) -> None:
-    """Fill nll, lse and correct (R,) from logits (R, V); with weights (R,), overwrite logits by their gradient."""
-    wide = logits.to(nll.dtype)
+    scores = (hidden @ weight.T).to(accumulator(hidden))
+    nll = F.cross_entropy(scores, targets, ignore_index=IGNORE, reduction="none")
     kept = targets != IGNORE
-    outside = kept & ((targets < 0) | (targets >= logits.shape[1]))
-    if not logits.is_cuda and outside.any():  # a GPU's index kernels check by themselves, and waiting would cost
-        target = int(targets[outside][0])
-        raise ValueError(f"target {target} is outside the vocabulary of {logits.shape[1]}; {IGNORE} is to be ignored")
-    target = torch.where(kept, targets, 0).unsqueeze(1)
-    at_target = wide.gather(1, target).squeeze(1)
-    top = wide.amax(-1)
-    correct.copy_(at_target == top)
-    likely = correct.nonzero().squeeze(1)  # a CPU's argmax costs as much as the softmax: only rows in question pay it
-    correct[likely] = wide[likely].argmax(-1) == targets[likely]
-    probabilities = torch.softmax(wide, -1, out=wide)
-    # The largest probability is at least 1 / V: it has a logarithm where the target's may underflow.
-    row_lse = top - probabilities.amax(-1).log()
-    nll.copy_(torch.where(kept, row_lse - at_target, 0))
-    lse.copy_(torch.where(kept, row_lse, 0))
-    if weights is not None:
-        weights = torch.where(kept, weights, 0).to(nll.dtype)
-        probabilities.mul_((weights * (1 + 2 * z_loss * lse)).unsqueeze(1))
-        probabilities.scatter_add_(1, target, -weights.unsqueeze(1))
-        if wide is not logits:
-            logits.copy_(probabilities)
+    row_loss = nll + z_loss * (scores.logsumexp(-1) * kept) ** 2
+    loss = (row_loss if token_weights is None else row_loss * token_weights).sum()
+    logprobs = scores.detach().log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1) * kept
+    return LossOutput(loss, nll.detach(), scores.argmax(-1) == targets, entropy)
 
 
-# --------------------------------------------------------------------------------- one chunk of logits, in Triton
+# ------------------------------------------------------------------------------------------------ chunk by chunk
 
 
-@triton.jit
-def _rows_kernel(
-    logits, targets, weights, nll, lse, correct, z_loss,
-    VOCAB: tl.constexpr, GRADIENT: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One row of logits a program. ONCE: the row fits in a block and is read once, else twice."""
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * VOCAB
-    columns = tl.arange(0, BLOCK)
+def chunked(
+    hidden: Tensor, weight: Tensor, overwrite: Callable[[Tensor, slice], None],
+    of_hidden: bool, of_weight: bool, use_triton: bool, weight_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """d_hidden (T, D) and d_weight (V, D), with one chunk of logits in memory at a time.
 
-    # Read before the reductions below, whose barriers keep it ahead of the gradient that overwrites it. A target
-    # outside the vocabulary shows as NaN.
-    target = tl.load(targets + row)
-    in_range = (target >= 0) & (target < VOCAB)
-    at_target = tl.load(logits + target, mask=in_range, other=float("nan")).to(tl.float32)
+    `overwrite` turns the logits of the rows of a slice into their gradient. A gradient that is not asked for is empty.
+    d_weight is summed in fp32 (fp64 for fp64) and stays so: autograd rounds it to the parameter's own `grad_dtype`.
+    It is empty, too, where it is added to `weight_grad` instead.
+    """
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    d_hidden = hidden.new_empty(hidden.shape if of_hidden else 0)
+    d_weight = weight.new_empty(weight.shape if of_weight else 0, dtype=accumulator(weight))
+    if rows == 0:
+        d_weight.zero_()
+    size = launch.cross_entropy_chunk(vocab, hidden.element_size(), hidden.is_cuda)
+    stride = logits.padded(vocab) if use_triton else vocab
+    buffer = hidden.new_empty(min(size, rows), stride)[:, :vocab]
+    for start in range(0, rows, size):
+        at = slice(start, start + size)
+        x = hidden[at]
+        chunk = torch.mm(x, weight.T, out=buffer[: x.shape[0]])
+        overwrite(chunk, at)
+        if of_hidden:
+            torch.mm(chunk, weight, out=d_hidden[at])
+        if weight_grad is not None:
+            _accumulate(weight_grad, chunk.T, x, keep=True)
+        elif of_weight:
+            _accumulate(d_weight, chunk.T, x, keep=start > 0)
+    return d_hidden, d_weight
 
-    if ONCE:
-        x = tl.load(logits + columns, mask=columns < VOCAB, other=float("-inf")).to(tl.float32)
-        top, best = tl.max(x, 0, return_indices=True)
-        exponentials = tl.exp(x - top)
-        total = tl.sum(exponentials, 0)
-    else:  # the running maximum and sum of an online softmax (Milakov and Gimelshein 2018)
-        top = float("-inf")
-        total = 0.0
-        best = 0
-        for start in range(0, VOCAB, BLOCK):
-            x = tl.load(logits + start + columns, mask=start + columns < VOCAB, other=float("-inf")).to(tl.float32)
-            block_top, block_best = tl.max(x, 0, return_indices=True)
-            best = tl.where(block_top > top, start + block_best, best)
-            new_top = tl.maximum(top, block_top)
-            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top), 0)
-            top = new_top
 
-    kept = target != _IGNORE
-    row_lse = top + tl.log(total)
-    tl.store(nll + row, tl.where(kept, row_lse - at_target, 0.0))
-    tl.store(lse + row, tl.where(kept, row_lse, 0.0))
-    tl.store(correct + row, best == target)
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+    """total = a @ b, plus what it held if `keep`, summed in total's dtype."""
+    if total.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, beta=int(keep), out_dtype=total.dtype, out=total)
+    else:  # a CPU has no product with a wider output, and its bf16 products are slower than its fp32 ones
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=int(keep))
 
-    if GRADIENT:
-        weight = tl.where(kept, tl.load(weights + row), 0.0)
-        scale = weight * (1.0 + 2.0 * z_loss * row_lse)
-        if ONCE:
-            gradient = exponentials * (scale / total)  # pyright: ignore[reportPossiblyUnboundVariable]
-            tl.store(logits + columns, gradient, mask=columns < VOCAB)
+
+def gather(values: Tensor, rows: Tensor | None) -> Tensor:
+    return values.contiguous() if rows is None else values.index_select(0, rows)
+
+
+def scatter(values: Tensor, rows: Tensor | None, total: int) -> Tensor:
+    """The inverse of `gather`: 0 on the rows left out."""
+    if rows is None:
+        return values
+    out = values.new_zeros(total, *values.shape[1:])
+    out[rows] = values
+    return out
+
+
+def row_weights(token_weights: Tensor | None, targets: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(R,): of the gathered targets (R,), 0 where they are IGNORE, ones without token_weights (T,)."""
+    kept = targets != IGNORE
+    return kept.to(dtype) if token_weights is None else torch.where(kept, gather(token_weights, rows), 0)
+
+
+def weighted_loss(of_rows: RowStatistics, weights: Tensor, z_loss: float) -> Tensor:
+    return (weights * (of_rows.nll + z_loss * of_rows.lse**2)).sum()
+
+
+def _check_targets(targets: Tensor, vocab: int, use_triton: bool) -> None:
+    if use_triton or targets.is_cuda:  # waiting for the device would cost; there such a target makes a NaN
+        return
+    outside = targets[(targets != IGNORE) & ((targets < 0) | (targets >= vocab))]
+    if outside.numel():
+        raise ValueError(f"target {int(outside[0])} is outside the vocabulary of {vocab}; {IGNORE} is to be ignored")
+
+
+# ----------------------------------------------------------------------------------------------- autograd binding
+
+
+@library.custom_op("tokenmill::linear_cross_entropy", mutates_args=("weight_grad",))
+def _linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, rows: Tensor | None, z_loss: float,
+    of_hidden: bool, of_weight: bool, weight_grad: Tensor | None, use_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """loss, nll, correct, entropy, d_hidden, d_weight; a gradient that is not asked for is empty."""
+    total = hidden.shape[0]
+    hidden, targets = gather(hidden, rows), gather(targets, rows)
+    _check_targets(targets, weight.shape[0], use_triton)
+    weights = row_weights(token_weights, targets, rows, accumulator(hidden))
+    of_rows = RowStatistics.empty(hidden.shape[0], like=hidden)
+    needed = of_hidden or of_weight or weight_grad is not None
+
+    def overwrite(chunk: Tensor, at: slice) -> None:
+        if needed:
+            logits.statistics_and_gradient(chunk, targets[at], weights[at], z_loss, of_rows.at(at), use_triton)
         else:
-            for start in range(0, VOCAB, BLOCK):
-                here = start + columns
-                x = tl.load(logits + here, mask=here < VOCAB, other=0.0).to(tl.float32)
-                tl.store(logits + here, tl.exp(x - row_lse) * scale, mask=here < VOCAB)
-        tl.debug_barrier()  # the target's own element comes last, and alone: compared in each, it would spill registers
-        tl.store(logits + target, tl.exp(at_target - row_lse) * scale - weight, mask=in_range)
+            of_rows.at(at).copy_(logits.combine(logits.statistics(chunk, targets[at], use_triton)[None], targets[at]))
+
+    d_hidden, d_weight = chunked(hidden, weight, overwrite, of_hidden, of_weight, use_triton, weight_grad)
+    return (
+        weighted_loss(of_rows, weights, z_loss),
+        scatter(of_rows.nll, rows, total),
+        scatter(of_rows.correct, rows, total),
+        scatter(of_rows.entropy, rows, total),
+        scatter(d_hidden, rows, total) if of_hidden else d_hidden,
+        d_weight,
+    )
 
 
-def _rows_triton(
-    logits: Tensor, targets: Tensor, weights: Tensor | None, z_loss: float, nll: Tensor, lse: Tensor, correct: Tensor
-) -> None:
-    """As `_rows_torch`."""
-    rows, vocab = logits.shape
-    settings: dict[str, Any] = launch.cross_entropy_row(vocab) | {"VOCAB": vocab, "GRADIENT": weights is not None}
-    _rows_kernel[(rows,)](logits, targets, weights, nll, lse, correct, z_loss, **settings)
+@_linear_cross_entropy.register_fake
+def fake_linear_cross_entropy(hidden, weight, targets, token_weights, rows, z_loss, of_hidden, of_weight, *_):
+    nll = hidden.new_empty(hidden.shape[0], dtype=accumulator(hidden))
+    return (
+        nll.new_empty(()),
+        nll,
+        torch.empty_like(nll, dtype=torch.bool),
+        torch.empty_like(nll),
+        hidden.new_empty(hidden.shape if of_hidden else 0),
+        weight.new_empty(weight.shape if of_weight else 0, dtype=accumulator(weight)),
+    )
+
+
+@library.custom_op("tokenmill::with_gradients", mutates_args=())
+def _with_gradients(
+    loss: Tensor, hidden: Tensor, weight: Tensor, d_hidden: Tensor, d_weight: Tensor, use_triton: bool
+) -> Tensor:
+    """The loss, whose gradients by hidden and weight are known: an empty one is of a tensor that needs none."""
+    return loss.clone()
+
+
+@_with_gradients.register_fake
+def _(loss, hidden, weight, d_hidden, d_weight, use_triton):
+    return torch.empty_like(loss)
 
 
 @triton.jit
@@ -168,96 +203,6 @@ def _scale_kernel(values, scalar, count, BLOCK: tl.constexpr):
         tl.store(values + index, value * factor, mask=index < count)
 
 
-# ------------------------------------------------------------------------------------------------ chunk by chunk
-
-
-def _chunked(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, z_loss: float,
-    of_hidden: bool, of_weight: bool, use_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """nll, lse, correct (T,), d_hidden (T, D) and d_weight (V, D), with one chunk of logits in memory at a time.
-
-    A gradient that is not asked for is empty. d_weight is summed in fp32 (fp64 for fp64) and stays so: autograd rounds
-    it to the parameter's own `grad_dtype`.
-    """
-    rows, vocab, wide = hidden.shape[0], weight.shape[0], _accumulator(hidden)
-    nll, lse = hidden.new_empty(rows, dtype=wide), hidden.new_empty(rows, dtype=wide)
-    correct = hidden.new_empty(rows, dtype=torch.bool)
-    d_hidden = hidden.new_empty(hidden.shape if of_hidden else 0)
-    d_weight = weight.new_empty(weight.shape if of_weight else 0, dtype=wide)
-    if rows == 0:
-        d_weight.zero_()
-    size = launch.cross_entropy_chunk(vocab, hidden.element_size(), hidden.is_cuda)
-    buffer = hidden.new_empty(min(size, rows), vocab)
-    fill = _rows_triton if use_triton else _rows_torch
-    for start in range(0, rows, size):
-        at = slice(start, start + size)
-        x = hidden[at]
-        logits = torch.mm(x, weight.T, out=buffer[: x.shape[0]])
-        row_weights = weights[at] if of_hidden or of_weight else None
-        fill(logits, targets[at], row_weights, z_loss, nll[at], lse[at], correct[at])
-        if of_hidden:
-            torch.mm(logits, weight, out=d_hidden[at])
-        if of_weight:
-            _accumulate(d_weight, logits.T, x, keep=start > 0)
-    return nll, lse, correct, d_hidden, d_weight
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
-    """total = a @ b, plus what it held if `keep`, summed in total's dtype."""
-    if total.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, beta=int(keep), out_dtype=total.dtype, out=total)
-    else:  # a CPU has no product with a wider output, and its bf16 products are slower than its fp32 ones
-        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=int(keep))
-
-
-def _gather(values: Tensor, rows: Tensor | None) -> Tensor:
-    return values.contiguous() if rows is None else values.index_select(0, rows)
-
-
-def _scatter(values: Tensor, rows: Tensor | None, total: int) -> Tensor:
-    """The inverse of `_gather`: 0 on the rows left out."""
-    if rows is None:
-        return values
-    out = values.new_zeros(total, *values.shape[1:])
-    out[rows] = values
-    return out
-
-
-# ----------------------------------------------------------------------------------------------- autograd binding
-
-
-@library.custom_op("tokenmill::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, rows: Tensor | None, z_loss: float,
-    of_hidden: bool, of_weight: bool, use_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """loss, nll, correct, d_hidden, d_weight; a gradient that is not asked for is empty."""
-    total = hidden.shape[0]
-    if token_weights is None:
-        token_weights = hidden.new_ones(total, dtype=torch.float32)
-    weights = _gather(token_weights, rows)
-    nll, lse, correct, d_hidden, d_weight = _chunked(
-        _gather(hidden, rows), weight, _gather(targets, rows), weights, z_loss, of_hidden, of_weight, use_triton
-    )
-    loss = (weights * (nll + z_loss * lse**2)).sum()
-    if of_hidden:
-        d_hidden = _scatter(d_hidden, rows, total)
-    return loss, _scatter(nll, rows, total), _scatter(correct, rows, total), d_hidden, d_weight
-
-
-@_linear_cross_entropy.register_fake
-def _(hidden, weight, targets, token_weights, rows, z_loss, of_hidden, of_weight, use_triton):
-    wide = _accumulator(hidden)
-    return (
-        hidden.new_empty((), dtype=wide),
-        hidden.new_empty(hidden.shape[0], dtype=wide),
-        hidden.new_empty(hidden.shape[0], dtype=torch.bool),
-        hidden.new_empty(hidden.shape if of_hidden else 0),
-        weight.new_empty(weight.shape if of_weight else 0, dtype=wide),
-    )
-
-
 @library.custom_op("tokenmill::scale_", mutates_args=("values",))
 def _scale_(values: Tensor, factor: Tensor) -> None:
     """values *= factor, a scalar on the device that the host never waits for."""
@@ -266,68 +211,89 @@ def _scale_(values: Tensor, factor: Tensor) -> None:
     _scale_kernel[(triton.cdiv(count, settings["BLOCK"]),)](values, factor, count, **settings)
 
 
-def _loss_setup(ctx, inputs, output) -> None:
-    _, nll, correct, d_hidden, d_weight = output
-    *_, ctx.of_hidden, ctx.of_weight, ctx.use_triton = inputs
-    ctx.mark_non_differentiable(nll, correct, d_hidden, d_weight)
-    ctx.set_materialize_grads(False)  # else zeros are made for d_weight, as large as it
+def _with_gradients_setup(ctx, inputs, output) -> None:
+    _, _, _, d_hidden, d_weight, ctx.use_triton = inputs
     ctx.save_for_backward(d_hidden, d_weight)
 
 
-def _loss_backward(ctx, d_loss, *_):
+def _with_gradients_backward(ctx, d_loss):
     d_hidden, d_weight = ctx.saved_tensors
-    if d_loss is None:  # nothing upstream depends on the loss
-        return (None,) * 9
     if ctx.use_triton:  # in place: on a GPU a second d_weight would be the largest tensor of the step
         for gradient in (d_hidden, d_weight):
             if gradient.numel():
                 _scale_(gradient, d_loss)
     else:
         d_hidden, d_weight = d_hidden * d_loss, d_weight * d_loss
-    return (d_hidden if ctx.of_hidden else None, d_weight if ctx.of_weight else None, *[None] * 7)
+    _, of_hidden, of_weight, *_ = ctx.needs_input_grad
+    return None, d_hidden if of_hidden else None, d_weight if of_weight else None, None, None, None
 
 
-_linear_cross_entropy.register_autograd(_loss_backward, setup_context=_loss_setup)
+_with_gradients.register_autograd(_with_gradients_backward, setup_context=_with_gradients_setup)
+
+
+def with_gradients(
+    loss: Tensor, hidden: Tensor, weight: Tensor, d_hidden: Tensor, d_weight: Tensor, use_triton: bool
+) -> Tensor:
+    """Joins the loss, made of hidden and weight detached, to them."""
+    return _with_gradients(loss, hidden, weight, d_hidden, d_weight, use_triton)
 
 
 @library.custom_op("tokenmill::token_logprobs", mutates_args=())
-def _token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None, use_triton: bool) -> Tensor:
-    x = _gather(hidden, rows)
-    nll, *_ = _chunked(x, weight, _gather(targets, rows), x, 0.0, False, False, use_triton)
-    return _scatter(-nll, rows, hidden.shape[0])
+def _token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None, use_triton: bool
+) -> tuple[Tensor, Tensor]:
+    """(T,), and for backward the lse of each row (R,)."""
+    x, of_x = gather(hidden, rows), gather(targets, rows)
+    _check_targets(of_x, weight.shape[0], use_triton)
+    of_rows = RowStatistics.empty(x.shape[0], like=x)
+
+    def overwrite(chunk: Tensor, at: slice) -> None:
+        of_rows.at(at).copy_(logits.combine(logits.statistics(chunk, of_x[at], use_triton)[None], of_x[at]))
+
+    chunked(x, weight, overwrite, False, False, use_triton)
+    return scatter(-of_rows.nll, rows, hidden.shape[0]), of_rows.lse
 
 
 @_token_logprobs.register_fake
 def _(hidden, weight, targets, rows, use_triton):
-    return hidden.new_empty(hidden.shape[0], dtype=_accumulator(hidden))
+    logprobs = hidden.new_empty(hidden.shape[0], dtype=accumulator(hidden))
+    return logprobs, logprobs.new_empty((hidden if rows is None else rows).shape[0])
 
 
 @library.custom_op("tokenmill::token_logprobs_backward", mutates_args=())
 def _token_logprobs_backward(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None,
+    upstream: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None, lse: Tensor,
     of_hidden: bool, of_weight: bool, use_triton: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    *_, d_hidden, d_weight = _chunked(
-        _gather(hidden, rows), weight, _gather(targets, rows), -_gather(upstream, rows), 0.0,
-        of_hidden, of_weight, use_triton,
-    )  # fmt: skip
-    return (_scatter(d_hidden, rows, hidden.shape[0]) if of_hidden else d_hidden), d_weight
+    x, of_x = gather(hidden, rows), gather(targets, rows)
+    weights = -row_weights(upstream, of_x, rows, lse.dtype)
+
+    def overwrite(chunk: Tensor, at: slice) -> None:
+        logits.gradient(chunk, of_x[at], weights[at], lse[at], 0.0, use_triton)
+
+    d_hidden, d_weight = chunked(x, weight, overwrite, of_hidden, of_weight, use_triton)
+    return (scatter(d_hidden, rows, hidden.shape[0]) if of_hidden else d_hidden), d_weight
 
 
 @_token_logprobs_backward.register_fake
-def _(upstream, hidden, weight, targets, rows, of_hidden, of_weight, use_triton):
+def _(upstream, hidden, weight, targets, rows, lse, of_hidden, of_weight, use_triton):
     return (
         hidden.new_empty(hidden.shape if of_hidden else 0),
-        weight.new_empty(weight.shape if of_weight else 0, dtype=_accumulator(weight)),
+        weight.new_empty(weight.shape if of_weight else 0, dtype=accumulator(weight)),
     )
 
 
 def _logprobs_setup(ctx, inputs, output) -> None:
     *saved, ctx.use_triton = inputs
-    ctx.save_for_backward(*saved)
+    _, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*saved, lse)
 
 
-def _logprobs_backward(ctx, upstream):
+def _logprobs_backward(ctx, upstream, _):
+    if upstream is None:
+        return (None,) * 5
     needs = ctx.needs_input_grad[:2]
     gradients = _token_logprobs_backward(upstream, *ctx.saved_tensors, *needs, ctx.use_triton)
     return (*[gradient if need else None for gradient, need in zip(gradients, needs, strict=True)], None, None, None)
@@ -347,6 +313,7 @@ def linear_cross_entropy(
     token_weights: Tensor | None = None,
     rows: Tensor | None = None,
     z_loss: float = 0.0,
+    weight_grad: Tensor | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
     """The weighted sum of the cross-entropy of `hidden @ weight.T`, with gradients made in the forward pass.
@@ -355,17 +322,27 @@ def linear_cross_entropy(
     fp32, ones if None; rows (R,) int32, distinct: the only rows that enter the products, all if None. No gradient is
     made for what does not require one. On a GPU the graph can be walked backward once.
 
+    weight_grad (V, D) fp32: the gradient of weight is added to it here and now, not by autograd, which then gives
+    weight none: one buffer of that size less, and one pass over it. As what comes after the loss is not known yet,
+    the loss must be what is minimised, not a factor of it: all weighting is in token_weights.
+
     Raises ValueError where a shape or a dtype does not fit. A target outside [0, V) that is not IGNORE is an error on
     a CPU, and makes a NaN on a GPU.
     """
     use_triton = choose(backend, hidden, weight) == "triton"
-    _check(hidden, weight, targets, token_weights, rows)
+    check(hidden, weight, targets, token_weights, rows)
+    if weight_grad is not None and (weight_grad.shape != weight.shape or weight_grad.dtype != accumulator(weight)):
+        expected = f"{accumulator(weight)} {[*weight.shape]}"
+        raise ValueError(f"weight_grad: expected {expected}, got {weight_grad.dtype} {[*weight_grad.shape]}")
     grad = torch.is_grad_enabled()
-    loss, nll, correct, _, _ = _linear_cross_entropy(
-        hidden, weight, targets, token_weights, rows, z_loss,
-        grad and hidden.requires_grad, grad and weight.requires_grad, use_triton,
+    of_hidden, of_weight = grad and hidden.requires_grad, grad and weight.requires_grad and weight_grad is None
+    loss, nll, correct, entropy, d_hidden, d_weight = _linear_cross_entropy(
+        hidden.detach(), weight.detach(), targets, token_weights, rows, z_loss,
+        of_hidden, of_weight, weight_grad, use_triton,
     )  # fmt: skip
-    return LossOutput(loss, nll, correct)
+    if of_hidden or of_weight:
+        loss = with_gradients(loss, hidden, weight if of_weight else weight.detach(), d_hidden, d_weight, use_triton)
+    return LossOutput(loss, nll, correct, entropy)
 
 
 def token_logprobs(
@@ -376,17 +353,17 @@ def token_logprobs(
     Arguments and errors as in `linear_cross_entropy`; differentiable for any upstream gradient.
     """
     use_triton = choose(backend, hidden, weight) == "triton"
-    _check(hidden, weight, targets, None, rows)
-    return _token_logprobs(hidden, weight, targets, rows, use_triton)
+    check(hidden, weight, targets, None, rows)
+    return _token_logprobs(hidden, weight, targets, rows, use_triton)[0]
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, rows: Tensor | None) -> None:
+def check(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, rows: Tensor | None) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"expected hidden (T, D) and weight (V, D), got {[*hidden.shape]} and {[*weight.shape]}")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one to the other's")
     # Weights may be fp64 beside fp64 inputs.
-    dtypes = {"targets": (torch.int64,), "token_weights": (torch.float32, _accumulator(hidden))}
+    dtypes = {"targets": (torch.int64,), "token_weights": (torch.float32, accumulator(hidden))}
     for name, tensor in (("targets", targets), ("token_weights", token_weights)):
         if tensor is not None and (tensor.shape != hidden.shape[:1] or tensor.dtype not in dtypes[name]):
             expected = f"{dtypes[name][0]} of shape {[hidden.shape[0]]}"

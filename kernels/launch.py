@@ -13,14 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.runtime import driver
 
 from tokenmill.kernels.backends import INTERPRETED
 
-# The widest row of logits that one program holds in registers without spilling any; a wider one is read twice.
+# The widest row of logits that one program holds in registers without spilling any; a wider one is read twice, in
+# blocks on their way through shared memory.
 SINGLE_READ_LIMIT = 32768
-WIDE_ROW_BLOCK = 8192
+WIDE_ROW_BLOCK = 16384
+
+# The widest row that RMSNorm's kernels hold in registers.
+ROW_LIMIT = 8192
 
 # Rows of token gradients that one program sums in order; a longer run of one id is summed in pieces.
 RUN_PIECE = 32
@@ -36,7 +41,8 @@ def table() -> dict[str, dict[str, dict[str, Any]]]:
 
 def architecture() -> int:
     """Of the device that kernels are compiled for: 80, 90, 100, ...; 0 under the interpreter."""
-    return 0 if INTERPRETED else int(driver.active.get_current_target().arch)
+    target: Any = None if INTERPRETED else driver.active.get_current_target()
+    return int(target.arch) if target else 0
 
 
 def settings(kernel: str, shape: Sequence[int], default: dict[str, Any]) -> dict[str, Any]:
@@ -46,21 +52,35 @@ def settings(kernel: str, shape: Sequence[int], default: dict[str, Any]) -> dict
 
 
 def cross_entropy_row(vocab: int) -> dict[str, Any]:
-    """For the kernel that holds one row of `vocab` logits a program."""
-    once = vocab <= SINGLE_READ_LIMIT
-    block = triton.next_power_of_2(vocab) if once else WIDE_ROW_BLOCK
-    warps = max(4, min(16, block // 512))
-    default = {"ONCE": once, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
-    return settings("cross_entropy_row", [vocab], default)
+    """For the kernel that makes statistics and gradient of one row of `vocab` logits a program."""
+    if vocab > SINGLE_READ_LIMIT:
+        default = {"ONCE": False} | _row_in_blocks(vocab)
+    else:
+        block = triton.next_power_of_2(vocab)
+        default = {"ONCE": True, "BLOCK": block, "STAGES": 1, "num_warps": max(4, min(16, block // 512))}
+    return settings("cross_entropy_row", [vocab], default | {"enable_fp_fusion": True})
+
+
+def cross_entropy_scan(kernel: str, vocab: int) -> dict[str, Any]:
+    """For the kernels that make one of the two, in blocks of one row a program."""
+    return settings(kernel, [vocab], _row_in_blocks(vocab) | {"enable_fp_fusion": True})
+
+
+def _row_in_blocks(vocab: int) -> dict[str, Any]:
+    """16 logits a thread and block. The widest fill a multiprocessor with one program, so that the rows of all together
+    stay in the L2 cache until they are read again.
+    """
+    block = min(WIDE_ROW_BLOCK, max(128, triton.next_power_of_2(vocab)))
+    return {"BLOCK": block, "STAGES": 3, "num_warps": max(1, block // 512)}
 
 
 def cross_entropy_chunk(vocab: int, itemsize: int, on_gpu: bool) -> int:
     """Rows whose logits are in memory at once.
 
-    On a GPU few and large chunks, since each reads and writes the whole gradient of the weight: 256 MiB, 4096 rows of
-    32,000 bf16 logits. On a CPU what its cache keeps between the passes.
+    On a GPU few and large chunks, since each reads and writes the whole gradient of the weight: 4096 rows, 250 MiB of
+    32,000 bf16 logits, as long as they fit in 1 GiB. On a CPU what its cache keeps between the passes.
     """
-    budget, most = (256 << 20, 4096) if on_gpu else (32 << 20, 1024)
+    budget, most = (1 << 30, 4096) if on_gpu else (32 << 20, 1024)
     rows = budget // (vocab * itemsize)
     return max(128, min(most, rows // 128 * 128))
 
@@ -83,3 +103,60 @@ def adamw(count: int) -> dict[str, Any]:
     """For the update of `count` elements. Multiply and add stay apart, as above."""
     block = min(1024, max(16, triton.next_power_of_2(count)))
     return settings("adamw", [], {"BLOCK": block, "num_warps": 4, "enable_fp_fusion": False})
+
+
+def rms_norm(dim: int) -> dict[str, Any]:
+    """For the kernel that holds one row of `dim` channels a program: 16 of them a thread."""
+    block = max(32, triton.next_power_of_2(dim))
+    default = {"BLOCK": block, "num_warps": max(1, block // 512), "enable_fp_fusion": True}
+    return settings("rms_norm", [dim], default)
+
+
+def rms_norm_backward(dim: int, itemsize: int, device: torch.device) -> tuple[int, dict[str, Any]]:
+    """How many programs share out the rows, and the arguments of each.
+
+    As many as run at once, since each writes a row of partial sums. Each has up to three rows of its three tensors on
+    their way in shared memory while it works on another, in 96 KiB at most.
+    """
+    block = max(32, triton.next_power_of_2(dim))
+    ahead = min(3, (96 << 10) // (3 * block * itemsize))
+    default = {"BLOCK": block, "STAGES": ahead + 1, "PER_MULTIPROCESSOR": min(16, ROW_LIMIT // block)}
+    default |= {"num_warps": max(1, block // 512), "enable_fp_fusion": True}
+    chosen = settings("rms_norm_backward", [dim, itemsize], default)
+    return chosen.pop("PER_MULTIPROCESSOR") * multiprocessors(device), chosen
+
+
+def rotary(q_heads: int, k_heads: int, half: int) -> dict[str, Any]:
+    """For the kernel that turns all heads of a token a program: 32 pairs of q's channels a thread."""
+    blocks = {"Q_BLOCK": q_heads, "K_BLOCK": k_heads, "HALF_BLOCK": half}
+    default = {name: triton.next_power_of_2(size) for name, size in blocks.items()}
+    pairs = default["Q_BLOCK"] * default["HALF_BLOCK"]
+    default |= {"num_warps": max(1, min(16, pairs // 1024)), "enable_fp_fusion": True}
+    return settings("rotary", [q_heads, k_heads, half], default)
+
+
+def swiglu(kernel: str, features: int) -> dict[str, Any]:
+    """For kernels over a block of one row's `features` a program: 16 of them a thread."""
+    block = min(2048, max(32, triton.next_power_of_2(features)))
+    default = {"BLOCK": block, "num_warps": max(1, block // 512), "enable_fp_fusion": True}
+    return settings(kernel, [features], default)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs kernels start that share out their work by themselves; few under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def grouped_gemm(kernel: str, sizes: Sequence[int], itemsize: int) -> dict[str, Any]:
+    """For the products of kernels/moe/grouped_gemm.py, of `sizes` (experts, N, K)."""
+    descriptors = not 0 < architecture() < 90  # before sm_90, reading through them is not asynchronous
+    width, stages = (256, 4) if descriptors else (128, 3)
+    default = {"ROWS": 128, "COLUMNS": width, "INNER": 64, "num_stages": stages}
+    if kernel == "moe_gate_up":  # two products a tile
+        default["COLUMNS"] //= 2
+    if kernel == "moe_hidden_gradient":  # what follows its product needs registers too
+        default |= {"COLUMNS": 128, "num_stages": 3}
+    if itemsize == 4:  # no tensor cores, for the exact bits
+        default = {"ROWS": 64, "COLUMNS": 32, "INNER": 32, "num_stages": 2}
+    default |= {"GROUP": 16, "DESCRIPTORS": descriptors, "num_warps": 8, "enable_fp_fusion": True}
+    return settings(kernel, sizes, default)

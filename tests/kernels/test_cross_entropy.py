@@ -73,15 +73,22 @@ def test_loss_and_gradients(backend, dtype, rows):
         h, w = as_leaves(dtype, hidden, weight)
         out = reference(h, w, targets, token_weights.to(torch.promote_types(dtype, torch.float32)), z_loss)
         (out.loss * 0.3).backward()
-        return [out.loss.detach(), out.nll, grad(h), grad(w)], out
+        return [out.loss.detach(), out.nll, out.entropy, grad(h), grad(w)], out
 
     out = linear_cross_entropy(hidden, weight, targets, token_weights=token_weights, z_loss=z_loss, backend=backend)
     (out.loss * 0.3).backward()
     (same, peer), (exact, _) = run(dtype), run(torch.float64)
-    assert_as_close([out.loss.detach(), out.nll, grad(hidden), grad(weight)], same, exact)
+    assert_as_close([out.loss.detach(), out.nll, out.entropy, grad(hidden), grad(weight)], same, exact)
     assert torch.equal(out.correct, peer.correct)
     assert not out.nll.requires_grad
-    assert out.loss.dtype == out.nll.dtype == torch.promote_types(dtype, torch.float32)
+    assert not out.entropy.requires_grad
+    assert out.loss.dtype == out.nll.dtype == out.entropy.dtype == torch.promote_types(dtype, torch.float32)
+
+    evaluated = linear_cross_entropy(  # by another kernel
+        hidden.detach(), weight.detach(), targets, token_weights=token_weights, z_loss=z_loss, backend=backend
+    )
+    assert_as_close([evaluated.loss, evaluated.nll, evaluated.entropy], same[:3], exact[:3])
+    assert torch.equal(evaluated.correct, peer.correct)
     assert out.correct.dtype == torch.bool
 
 
@@ -122,6 +129,7 @@ def test_rows_left_out(backend, left):
     for value, exact in (
         (out.loss, expected.loss),
         (out.nll, expected.nll),
+        (out.entropy, expected.entropy),
         (grad(hidden), grad(h)),
         (grad(weight), grad(w)),
     ):
@@ -129,6 +137,7 @@ def test_rows_left_out(backend, left):
     assert torch.equal(out.correct, expected.correct)
     assert not grad(hidden)[others].any()
     assert not out.nll[others].any()
+    assert not out.entropy[others].any()
 
     h, w = as_leaves(torch.float32, hidden, weight)
     logprobs = token_logprobs(h, w, targets, rows=rows, backend=backend)
@@ -143,7 +152,7 @@ def test_all_targets_left_out(backend):
     targets.fill_(IGNORE)
     out = linear_cross_entropy(hidden, weight, targets, z_loss=1.0, backend=backend)
     (out.loss + token_logprobs(hidden, weight, targets, backend=backend).sum()).backward()
-    for tensor in (out.loss, out.nll, out.correct, grad(hidden), grad(weight)):
+    for tensor in (out.loss, out.nll, out.correct, out.entropy, grad(hidden), grad(weight)):
         assert not tensor.any()
 
 
@@ -167,6 +176,7 @@ def test_extreme_logits(backend):
     out = linear_cross_entropy(hidden, weight, torch.tensor([3, 100]), backend=backend)
     out.loss.backward()
     assert out.nll.tolist() == [1000.0, 0.0]
+    assert out.entropy.tolist() == [0.0, 0.0]
     assert grad(weight)[3] == -1000.0
     assert grad(weight)[100] == 1000.0
 
@@ -199,6 +209,42 @@ def test_products_and_memory():
     assert products(lambda: token_logprobs(hidden, weight, targets).sum().backward()) == 4
 
 
+@pytest.mark.usefixtures("reads", "small_chunks")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_repeated_bit_by_bit(backend):
+    hidden, weight, targets, token_weights = problem(17, torch.float32)
+
+    def run() -> list[Tensor]:
+        h, w = as_leaves(torch.float32, hidden, weight)
+        out = linear_cross_entropy(h, w, targets, token_weights=token_weights, z_loss=0.01, backend=backend)
+        (out.loss + token_logprobs(h, w, targets, backend=backend).square().sum()).backward()
+        return [*out, grad(h), grad(w)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("torch", torch.float64), ("torch", torch.bfloat16), ("triton", torch.float32)]
+)
+def test_a_gradient_added_where_it_belongs(backend, dtype):
+    """In two micro-batches; nothing by autograd."""
+    hidden, weight, targets, token_weights = problem(17, dtype)
+    h, w = as_leaves(dtype, hidden, weight)
+    w.grad_dtype = torch.promote_types(dtype, torch.float32)
+    total = torch.zeros_like(w, dtype=w.grad_dtype)
+    for part in (slice(0, 9), slice(9, 17)):
+        rest, weights = targets[part], token_weights[part]
+        linear_cross_entropy(h[part], w, rest, token_weights=weights, backend=backend).loss.backward()
+        out = linear_cross_entropy(
+            hidden[part], weight, rest, token_weights=weights, weight_grad=total, backend=backend
+        )
+        out.loss.backward()
+    assert weight.grad is None
+    torch.testing.assert_close(total, grad(w))
+    assert torch.equal(grad(hidden), grad(h))
+
+
 def test_a_gradient_scaled_in_place_is_given_only_once():
     hidden, weight, targets, _ = problem(5, torch.float32)
     loss = linear_cross_entropy(hidden, weight, targets, backend="triton").loss
@@ -208,7 +254,7 @@ def test_a_gradient_scaled_in_place_is_given_only_once():
 
 
 def test_on_a_cpu_gradients_stand_up_to_gradcheck_and_can_be_asked_for_twice():
-    hidden, weight, targets, _ = problem(5, torch.float64)
+    hidden, weight, targets, _ = problem(5, torch.float64, vocab=31)
     weights = torch.rand(targets.shape[0], dtype=torch.float64)
     function = lambda h, w: linear_cross_entropy(h, w, targets, token_weights=weights, z_loss=0.1).loss  # noqa: E731
     assert torch.autograd.gradcheck(function, (hidden, weight))
@@ -222,13 +268,17 @@ def test_on_a_cpu_gradients_stand_up_to_gradcheck_and_can_be_asked_for_twice():
 def test_operators_are_well_formed(use_triton):
     hidden, weight, targets, token_weights = problem(5, torch.float32)
     rows = torch.tensor([0, 2, 3], dtype=torch.int32)
-    loss_args = (hidden, weight, targets, token_weights, rows, 0.1, True, True, use_triton)
+    h, w = hidden.detach(), weight.detach()
+    for given in (None, torch.ones_like(w)):
+        loss_args = (h, w, targets, token_weights, rows, 0.1, True, given is None, given, use_triton)
+        library.opcheck(cross_entropy._linear_cross_entropy, loss_args)
+    attached = (torch.tensor(2.0), hidden, weight, torch.ones_like(h), torch.ones_like(w), use_triton)
     # The remaining check would have backward scale gradients that the caller holds; the public function keeps them.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    library.opcheck(cross_entropy._linear_cross_entropy, loss_args, test_utils=checks)
+    library.opcheck(cross_entropy._with_gradients, attached, test_utils=checks)
     library.opcheck(cross_entropy._scale_, (torch.ones(5), torch.tensor(2.0)))
     library.opcheck(cross_entropy._token_logprobs, (hidden, weight, targets, rows, use_triton))
-    frozen = (torch.ones(5), hidden.detach(), weight.detach(), targets, rows, True, False, use_triton)
+    frozen = (torch.ones(5), h, w, targets, rows, torch.ones(3), True, False, use_triton)
     library.opcheck(cross_entropy._token_logprobs_backward, frozen)
 
 
@@ -240,11 +290,15 @@ def test_compiles_to_one_graph(compiler):
 
     def step(h: Tensor, w: Tensor) -> Tensor:
         out = linear_cross_entropy(h * 2, w, targets, token_weights=token_weights, rows=rows, z_loss=0.01)
-        return out.loss / 3 + token_logprobs(h, w, targets).square().sum() + out.nll.sum()
+        rest = out.nll.sum() + out.entropy.square().sum()
+        return out.loss / 3 + token_logprobs(h, w, targets).square().sum() + rest
 
     h, w = as_leaves(torch.float32, hidden, weight)
-    step(h, w).backward()
-    torch.compile(step, fullgraph=True, backend=compiler)(hidden, weight).backward()
+    expected = step(h, w)
+    expected.backward()
+    out = torch.compile(step, fullgraph=True, backend=compiler)(hidden, weight)
+    out.backward()
+    torch.testing.assert_close(out, expected)
     torch.testing.assert_close(grad(hidden), grad(h))
     torch.testing.assert_close(grad(weight), grad(w))
 
@@ -260,6 +314,7 @@ def test_compiles_to_one_graph(compiler):
         ({"targets": torch.tensor([0, -1, 1])}, "target -1"),
         ({"token_weights": torch.ones(3, dtype=torch.float64)}, "token_weights: expected torch.float32"),
         ({"rows": torch.ones(2)}, "rows: expected int32"),
+        ({"weight_grad": torch.zeros(9, DIM, dtype=torch.float16)}, "weight_grad: expected torch.float32"),
         ({"backend": "cuda"}, "expected 'auto', 'triton' or 'torch'"),
     ],
 )
