@@ -10,7 +10,7 @@ SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 demo: .venv/demo
 	$(BIN)/python -m tokenmill.bench.demo --output runs/demo
 
-test: .venv/test
+test: .venv/test .venv/megablocks
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: .venv/test
@@ -18,9 +18,9 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The whole suite with the pinned torch; the quick one, and the rehearsal of a GPU visit, with the oldest that is
-# supported, whose build brings 5 GB of CUDA along.
-prove: .venv/test .venv-oldest/test
+# The whole suite with the pinned torch; the quick one, which compiles every kernel too, and the rehearsal of a GPU visit
+# with the oldest that is supported, whose build brings 5 GB of CUDA along.
+prove: .venv/test .venv/megablocks .venv-oldest/test .venv-oldest/megablocks
 	$(BIN)/python -m pytest
 	.venv-oldest/bin/python -m pytest -m "not slow"
 	.venv-oldest/bin/tokenmill bench gpu --rehearse --output build/rehearsal
@@ -36,6 +36,13 @@ prove: .venv/test .venv-oldest/test
 .venv-oldest/%: $(SOURCES)
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt '.[$*]'
+	touch $@
+
+# MegaBlocks' own requirements name an old torch; of its package only the Python files are wanted.
+.venv/megablocks .venv-oldest/megablocks: %/megablocks: %/test
+	TORCH_CUDA_ARCH_LIST=9.0 $*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation -C--global-option=build_py -C--build-option=--skip-build \
+		megablocks==0.10.0 stanford-stk==0.7.1
 	touch $@
 
 clean:

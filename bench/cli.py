@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,21 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     c.add_argument("--recompute", choices=["none", "selective", "full"], default="none", help="as in a recipe")
     c.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="larger models on a GPU")
 
+    text = "Compile every kernel for each architecture, without a GPU, and read registers, spills and instructions."
+    c = command("static", _static, text)
+    c.add_argument("--arch", action="append", choices=["sm_80", "sm_90", "sm_100"], help="only this one (may repeat)")
+    c.add_argument("--only", default="", metavar="TEXT", help="only the cases that have TEXT in their name")
+    c.add_argument("--json", action="store_true", help="a list of objects instead of a table")
+
+    c = command("ops", _ops, "Each operation beside bare products, a copy, PyTorch and the peers that are installed.")
+    c.add_argument("--output", default="runs/ops", help="folder for gpu.json, ops.csv and ops.png (default: runs/ops)")
+    c.add_argument("--only", nargs="+", metavar="OPERATION", help="such as cross_entropy; default: all")
+    c.add_argument("--rehearse", action="store_true", help="every line of it on a CPU, at tiny shapes")
+
+    c = command("tune", _tune, "The fastest launch arguments on the GPU at hand, into the package's table of them.")
+    c.add_argument("--only", default="", metavar="TEXT", help="only the cases that have TEXT in their name")
+    c.add_argument("--output", metavar="FILE", help="default: tuned.json in the package")
+
     c = command("gpu", _gpu, "All there is to check and to measure on one bare GPU machine.")
     c.add_argument("--output", default="runs/gpu", help="folder for the results (default: runs/gpu)")
     c.add_argument("--budget", type=float, default=520, help="seconds that it may take (default: 520)")
@@ -29,6 +45,35 @@ def _step(options: argparse.Namespace) -> None:
     from tokenmill.bench import step
 
     step.main(options.recompute, options.device)
+
+
+def _static(options: argparse.Namespace) -> None:
+    from tokenmill.bench import static
+
+    archs = [int(arch.removeprefix("sm_")) for arch in options.arch or []]
+    static.main(archs or tuple(static.SHARED_LIMIT), options.json, options.only)
+
+
+def _ops(options: argparse.Namespace) -> None:
+    from tokenmill.bench import gpu, report
+
+    names = [part.function.partition(":")[2] for part in gpu.OPERATIONS]
+    if unknown := sorted({*options.only} - {*names}) if options.only else []:
+        raise ValueError(f"--only {unknown[0]}: expected some of {', '.join(names)}")
+    chosen = [p for p, name in zip(gpu.OPERATIONS, names, strict=True) if not options.only or name in options.only]
+    output = Path(options.output)
+    status = gpu.visit(output, 3600, options.rehearse, chosen)
+    result = json.loads((output / "gpu.json").read_text())
+    report.write_csv(result, output / "ops.csv")
+    report.plot(result, output / "ops.png")
+    if status:
+        raise ValueError(f"{output}/gpu.json: a part failed; it says where")
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from tokenmill.bench import tune
+
+    tune.tune(only=options.only, table=Path(options.output) if options.output else tune.launch.TABLE)
 
 
 def _gpu(options: argparse.Namespace) -> None:

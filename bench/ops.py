@@ -29,6 +29,7 @@ from tokenmill.kernels.attention import attention as attend
 from tokenmill.kernels.cross_entropy import linear_cross_entropy
 from tokenmill.kernels.embedding import Noise, embed
 from tokenmill.kernels.layout import Layout
+from tokenmill.kernels.moe import megablocks
 from tokenmill.kernels.rotary import apply_rotary
 from tokenmill.kernels.swiglu import swiglu
 from tokenmill.trainer.model.config import attended_pairs
@@ -232,18 +233,20 @@ def moe(place: Place) -> list[Row]:
             torch.mm(a, b)
 
     variants: Variants = {"dense products": dense}
-    for backend in ("grouped_mm", "reference"):  # the latter is a loop of cuBLAS products
+    others = ["grouped_mm", "reference"]  # the latter is a loop of cuBLAS products
+    if megablocks.supports(place.device, x.dtype) is None:
+        others.append("megablocks")
+    for backend in ("triton", *others):
         variants |= {f"{backend}, {kind}": partial(step, backend, chosen) for kind, chosen in choices.items()}
     rows = timed(place, variants, 10)
     for row in rows.values():
         row["TFLOP/s"] = 18 * top_k * count * dim * hidden / row["ms"] / 1e9
-    auto = moe_kernels.choose("auto", place.device, x.dtype).name
     for kind, chosen in choices.items():
-        row, others = rows[f"{auto}, {kind}"], [rows[f"{b}, {kind}"]["ms"] for b in ("grouped_mm", "reference")]
-        row["of the best other"] = row["ms"] / min(others)
+        row = rows[f"triton, {kind}"]
+        row["of the best other"] = row["ms"] / min(rows[f"{other}, {kind}"]["ms"] for other in others)
         _ratio(row, "of dense", rows["dense products"]["ms"] / row["ms"], "<= 1.0; >= 0.85; <= 973 MiB saved")
-        row["saved MiB"] = _saved(place, partial(layer, auto, chosen))
-        row["peak MiB"] = peak_memory(place, partial(step, auto, chosen))
+        row["saved MiB"] = _saved(place, partial(layer, "triton", chosen))
+        row["peak MiB"] = peak_memory(place, partial(step, "triton", chosen))
     return list(rows.values())
 
 

@@ -151,12 +151,12 @@ def grouped_gemm(kernel: str, sizes: Sequence[int], itemsize: int) -> dict[str, 
     """For the products of kernels/moe/grouped_gemm.py, of `sizes` (experts, N, K)."""
     descriptors = not 0 < architecture() < 90  # before sm_90, reading through them is not asynchronous
     width, stages = (256, 4) if descriptors else (128, 3)
-    default = {"ROWS": 128, "COLUMNS": width, "INNER": 64, "num_stages": stages}
+    default = {"ROWS": 128, "COLUMNS": width, "INNER": 64, "num_stages": stages, "num_warps": 8}
     if kernel == "moe_gate_up":  # two products a tile
         default["COLUMNS"] //= 2
     if kernel == "moe_hidden_gradient":  # what follows its product needs registers too
         default |= {"COLUMNS": 128, "num_stages": 3}
-    if itemsize == 4:  # no tensor cores, for the exact bits
-        default = {"ROWS": 64, "COLUMNS": 32, "INNER": 32, "num_stages": 2}
-    default |= {"GROUP": 16, "DESCRIPTORS": descriptors, "num_warps": 8, "enable_fp_fusion": True}
+    if itemsize == 4:  # exact products, without tensor cores
+        default = {"ROWS": 32, "COLUMNS": 32, "INNER": 32, "num_stages": 2, "num_warps": 4}
+    default |= {"GROUP": 16, "DESCRIPTORS": descriptors, "enable_fp_fusion": True}
     return settings(kernel, sizes, default)

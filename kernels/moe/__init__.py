@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenmill.kernels.moe import grouped_mm, reference
+from tokenmill.kernels.moe import fused, grouped_mm, megablocks, reference
 from tokenmill.kernels.moe.permute import Permuted, combine, permute
 from tokenmill.kernels.moe.router import Routing, hf_load_balancing_loss, route
 
@@ -25,20 +25,30 @@ __all__ = [
     "route",
 ]
 
-_BACKENDS = {"grouped_mm": grouped_mm, "reference": reference}
+_BACKENDS: dict[str, Any] = {
+    "triton": fused, "megablocks": megablocks, "grouped_mm": grouped_mm, "reference": reference,
+}  # fmt: skip
 
 
 class Backend(NamedTuple):
-    """One way to compute `experts`: called as `backend.experts(xs, offsets, w_gate_up, w_down)`."""
+    """One way to compute `experts`: called as `backend.experts(xs, offsets, w_gate_up, w_down)`.
+
+    `layer(x, routing, w_gate_up, w_down)`, where there is one, also permutes and combines.
+    """
 
     name: str
     experts: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    layer: Callable[[Tensor, Routing, Tensor, Tensor], Tensor] | None = None
+
+    def __str__(self) -> str:
+        return megablocks.source() if self.name == "megablocks" else self.name
 
 
 def choose(name: str, device: torch.device | str, dtype: torch.dtype) -> Backend:
-    """The backend called `name` ("grouped_mm" or "reference"), or the best for the device under "auto".
+    """The backend called `name`, or under "auto" the best for the device.
 
-    On a CPU that is the loop: as fast there as the grouped product for a few experts, and for any shape and dtype.
+    On a GPU that is "grouped_mm", until "triton" has been measured there. On a CPU it is the loop: as fast there as the
+    grouped product for a few experts, and for any shape and dtype.
     Raises ValueError where the name is unknown, or the backend cannot run there: the message says why.
     """
     device = torch.device(device)
@@ -50,7 +60,7 @@ def choose(name: str, device: torch.device | str, dtype: torch.dtype) -> Backend
     reason = _BACKENDS[name].supports(device, dtype)
     if reason is not None:
         raise ValueError(f'moe = "{name}" cannot run here: {reason}; choose another or "auto"')
-    return Backend(name, _BACKENDS[name].experts)
+    return Backend(name, _BACKENDS[name].experts, getattr(_BACKENDS[name], "layer", None))
 
 
 def experts(xs: Tensor, offsets: Tensor, w_gate_up: Tensor, w_down: Tensor, backend: str | Backend = "auto") -> Tensor:
@@ -60,12 +70,7 @@ def experts(xs: Tensor, offsets: Tensor, w_gate_up: Tensor, w_down: Tensor, back
     is (E, 2F, D), the gate first, and w_down (E, D, F). Returns (M, D). An expert with no rows gets gradients of 0.
     `backend` is a name, or what `choose` returned. Raises ValueError where the shapes do not fit.
     """
-    num_experts, dim, hidden_dim = w_down.shape
-    if w_gate_up.shape != (num_experts, 2 * hidden_dim, dim) or xs.shape[1] != dim or offsets.shape != (num_experts,):
-        raise ValueError(
-            f"experts: xs {tuple(xs.shape)}, offsets {tuple(offsets.shape)}, w_gate_up {tuple(w_gate_up.shape)} and "
-            f"w_down {tuple(w_down.shape)} do not fit: expected (M, D), (E,), (E, 2F, D) and (E, D, F)"
-        )
+    _check(xs, offsets.shape[0], w_gate_up, w_down)
     if isinstance(backend, str):
         backend = choose(backend, xs.device, xs.dtype)
     return backend.experts(xs, offsets, w_gate_up, w_down)
@@ -84,7 +89,21 @@ def moe(
     backend: str | Backend = "auto",
 ) -> tuple[Tensor, Routing]:
     """The whole layer: x (T, D) with router logits (T, E) to (T, D). Arguments as in `route` and `experts`."""
+    _check(x, logits.shape[1], w_gate_up, w_down)
     routing = route(logits, top_k, bias=bias, forced=forced, real_rows=real_rows)
+    if isinstance(backend, str):
+        backend = choose(backend, x.device, x.dtype)
+    if backend.layer is not None:
+        return backend.layer(x, routing, w_gate_up, w_down), routing
     permuted = permute(x, routing)
-    ys = experts(permuted.xs, permuted.offsets, w_gate_up, w_down, backend)
+    ys = backend.experts(permuted.xs, permuted.offsets, w_gate_up, w_down)
     return combine(ys, permuted, routing), routing
+
+
+def _check(x: Tensor, num_experts: int, w_gate_up: Tensor, w_down: Tensor) -> None:
+    dim, hidden_dim = w_down.shape[1:]
+    if w_gate_up.shape != (num_experts, 2 * hidden_dim, dim) or w_down.shape[0] != num_experts or x.shape[1] != dim:
+        raise ValueError(
+            f"{num_experts} experts, x {tuple(x.shape)}, w_gate_up {tuple(w_gate_up.shape)} and w_down "
+            f"{tuple(w_down.shape)} do not fit: expected x (M, D), w_gate_up (E, 2F, D) and w_down (E, D, F)"
+        )

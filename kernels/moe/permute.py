@@ -16,11 +16,19 @@ from tokenmill.kernels.backends import cast
 from tokenmill.kernels.moe.router import Routing
 
 
-class Permuted(NamedTuple):
-    xs: Tensor  # (T * k, D) rows of x by expert, and by token within an expert
+class Sorted(NamedTuple):
+    """The choices in the order of their experts, and of their tokens within an expert."""
+
     offsets: Tensor  # (E,) int32 end of each expert's rows; the last is T * k
     order: Tensor  # (T * k,) int64 choice t * k + j that sorted row i holds
     inverse: Tensor  # (T, k) int64 sorted row that holds choice j of token t
+
+
+class Permuted(NamedTuple):
+    xs: Tensor  # (T * k, D) rows of x, sorted
+    offsets: Tensor  # and the rest as in Sorted
+    order: Tensor
+    inverse: Tensor
 
 
 def _sum_choices(ys: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -56,15 +64,20 @@ class _Combine(torch.autograd.Function):
         return d_ys.to(ys.dtype), d_weights, None, None
 
 
-def permute(x: Tensor, routing: Routing) -> Permuted:
-    """Rows of x (T, D), each k times, sorted by expert. Never waits for the device."""
+def sort_choices(routing: Routing) -> Sorted:
+    """Where each choice goes. Never waits for the device."""
     choices, order = routing.experts.reshape(-1).sort(stable=True)
-    ends = torch.arange(routing.counts.numel(), device=x.device)
+    ends = torch.arange(routing.counts.numel(), device=order.device)
     offsets = torch.searchsorted(choices, ends, right=True, out_int32=True)  # of all rows, a ghost's too
     inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=x.device)
-    inverse = inverse.view_as(routing.experts)
-    return Permuted(_Permute.apply(x, order, inverse), offsets, order, inverse)  # type: ignore[arg-type]
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return Sorted(offsets, order, inverse.view_as(routing.experts))
+
+
+def permute(x: Tensor, routing: Routing) -> Permuted:
+    """Rows of x (T, D), each k times, sorted by expert."""
+    by_expert = sort_choices(routing)
+    return Permuted(_Permute.apply(x, by_expert.order, by_expert.inverse), *by_expert)  # type: ignore[arg-type]
 
 
 def combine(ys: Tensor, permuted: Permuted, routing: Routing) -> Tensor:

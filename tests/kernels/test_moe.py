@@ -14,7 +14,11 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, 
 
 from tokenmill.kernels.moe import Routing, choose, combine, experts, hf_load_balancing_loss, moe, permute, route
 
-BACKENDS = ["reference", "grouped_mm"]
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
+
+BACKENDS = ["reference", "grouped_mm", "triton"]
+PRECISIONS = [(backend, dtype) for backend in BACKENDS[:2] for dtype in (torch.float32, torch.bfloat16)]
+PRECISIONS += [("triton", torch.float32), ("triton", torch.float16)]  # the interpreter's bfloat16 products are wrong
 # tokens, experts, top_k: one token, one expert, all experts chosen, many experts of which most stay empty
 CASES = [(1, 1, 1), (1, 8, 2), (13, 2, 1), (13, 2, 2), (29, 4, 4), (70, 8, 2), (9, 60, 4)]
 DIM, HIDDEN_DIM = 8, 24
@@ -52,8 +56,7 @@ def test_equals_the_oracle(case: tuple[int, int, int]):
     torch.testing.assert_close(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), PRECISIONS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_is_that_of_pytorch_at_most_twice(case: tuple[int, int, int], dtype: torch.dtype, backend: str):
     tokens, num_experts, top_k = case
@@ -123,8 +126,9 @@ def test_backends_agree_on_rows_in_any_proportion():
     xs = torch.randn(10, DIM)
     for ends in ([10, 10, 10, 10], [0, 0, 0, 10], [0, 3, 3, 10], [1, 2, 9, 10]):
         offsets = torch.tensor(ends, dtype=torch.int32)
-        results = [experts(xs, offsets, w_gate_up, w_down, backend) for backend in BACKENDS]
-        torch.testing.assert_close(*results)
+        first, *others = (experts(xs, offsets, w_gate_up, w_down, backend) for backend in BACKENDS)
+        for other in others:
+            torch.testing.assert_close(other, first)
 
 
 def test_permute_sorts_stably_and_combine_undoes_it():
@@ -210,8 +214,13 @@ def test_choice():
     assert choose("auto", "cpu", torch.float32).name == "reference"
     assert choose("auto", "cuda", torch.bfloat16).name == "grouped_mm"
     assert choose("auto", "cuda", torch.float64).name == "reference"
-    with pytest.raises(ValueError, match='moe = "triton" is unknown: expected one of auto, grouped_mm, reference'):
-        choose("triton", "cpu", torch.float32)
+    assert choose("triton", "cpu", torch.float16).layer is not None
+    with pytest.raises(ValueError, match='moe = "best" is unknown: expected one of auto, triton, megablocks, grouped'):
+        choose("best", "cpu", torch.float32)
+    with pytest.raises(ValueError, match='moe = "triton" cannot run here: .* wrong products of bfloat16'):
+        choose("triton", "cpu", torch.bfloat16)
+    with pytest.raises(ValueError, match='moe = "triton" cannot run here: .*not float64'):
+        choose("triton", "cuda", torch.float64)
     with pytest.raises(ValueError, match='moe = "grouped_mm" cannot run here: .*not float64'):
         choose("grouped_mm", "cpu", torch.float64)
 
@@ -222,7 +231,7 @@ def test_wrong_input_is_named():
         route(logits, 4)
     with pytest.raises(ValueError, match=r"forced has shape \(5, 1\), expected \(5, 2\)"):
         route(logits, 2, forced=torch.zeros(5, 1, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"do not fit: expected \(M, D\)"):
+    with pytest.raises(ValueError, match=r"do not fit: expected x \(M, D\)"):
         moe(x, logits, w_gate_up[:, 1:], w_down, 1)
     with pytest.raises(ValueError, match="D = 7 of 4 bytes"):
         experts(x[:, :7], torch.tensor([1, 2, 5]), w_gate_up[..., :7], w_down[:, :7], "grouped_mm")

@@ -157,7 +157,7 @@ class Transformer(nn.Module):
         experts = None
         if self.config.moe:
             experts = moe_kernels.choose(self.names["moe"], device, dtype)
-            self.backends["experts"] = experts.name
+            self.backends["experts"] = str(experts)
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = attention

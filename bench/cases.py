@@ -1,0 +1,219 @@
+"""The catalogue: every launch of a kernel that training Mistral-7B and Mixtral-8x7B makes, and some at other shapes.
+
+A case is a function of a device, where it makes its tensors, and `small`; it returns a function that runs the operation
+forward and backward, as often as wanted. `small` shortens the axes that a kernel's launch does not depend on, for where
+a full run would take too long. `tokenmill bench static` compiles what the cases launch, without a GPU.
+
+To add a kernel: write its case, and name it in CASES with each shape and dtype that is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmill.kernels import moe
+from tokenmill.kernels.adamw import adamw_
+from tokenmill.kernels.cross_entropy import linear_cross_entropy, token_logprobs
+from tokenmill.kernels.embedding import Noise, embed
+from tokenmill.kernels.layout import Layout
+from tokenmill.kernels.moe import fused
+from tokenmill.kernels.rms_norm import rms_norm
+from tokenmill.kernels.rotary import apply_rotary
+from tokenmill.kernels.swiglu import swiglu
+
+Case = Callable[[str, bool], Callable[[], Any]]
+
+_BF16, _FP32 = torch.bfloat16, torch.float32
+
+TOKENS = 8192
+VOCAB = 32000
+DIM = 4096
+HIDDEN = 14336
+
+
+def _randn(device: str, *shape: int, dtype: torch.dtype = _BF16, grad: bool = True) -> Tensor:
+    return torch.randn(shape, device=device, dtype=dtype).requires_grad_(grad)
+
+
+def _one_document(device: str, tokens: int) -> Layout:
+    def made(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    positions = torch.arange(tokens, dtype=torch.int32, device=device)
+    return Layout(positions, made(0, tokens), tokens, made(0, dtype=torch.int64), made(tokens))
+
+
+def _embed(
+    device: str, small: bool, *, tokens: int = TOKENS, dim: int = DIM, noise: bool = False, dtype: torch.dtype = _BF16
+) -> Callable[[], Any]:
+    tokens, vocab = (33, 1000) if small else (tokens, VOCAB)
+    weight, upstream = _randn(device, vocab, dim, dtype=dtype), _randn(device, tokens, dim, dtype=dtype, grad=False)
+    frequency = 1 / torch.arange(1, vocab + 1, device=device)  # as in a text
+    ids = frequency.multinomial(tokens, replacement=True).int()
+    layout = _one_document(device, tokens)
+
+    def run() -> Any:
+        out = embed(ids, weight, noise=Noise(5.0, 1, 2) if noise else None, layout=layout)
+        return torch.autograd.grad(out, weight, upstream)
+
+    return run
+
+
+def _rms_norm(
+    device: str, small: bool, *, dim: int = DIM, residual: bool = True, last: bool = False, dtype: torch.dtype = _BF16
+) -> Callable[[], Any]:
+    """`last`: nothing but the head follows, so the sum has no gradient."""
+    tokens = 8 if small else TOKENS
+    x, stream, upstream, of_stream = (_randn(device, tokens, dim, dtype=dtype) for _ in range(4))
+    weight = _randn(device, dim, dtype=dtype)
+
+    def run() -> Any:
+        if not residual:
+            return torch.autograd.grad(rms_norm(x, weight, 1e-5), (x, weight), upstream)
+        y, total = rms_norm(x, weight, 1e-5, stream)
+        outputs, gradients = ((y,), (upstream,)) if last else ((y, total), (upstream, of_stream))
+        return torch.autograd.grad(outputs, (x, stream, weight), gradients)
+
+    return run
+
+
+def _rotary(
+    device: str, small: bool, *, heads: int = 32, kv_heads: int = 8, dtype: torch.dtype = _BF16
+) -> Callable[[], Any]:
+    tokens, head_dim = 8 if small else TOKENS, 128
+    qkv = _randn(device, tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    upstream = [_randn(device, tokens, n, head_dim, dtype=dtype, grad=False) for n in (heads, kv_heads)]
+    layout = _one_document(device, tokens)
+
+    def run() -> Any:
+        q, k, _ = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        return torch.autograd.grad(apply_rotary(q, k, layout, 1e4), qkv, upstream)
+
+    return run
+
+
+def _swiglu(device: str, small: bool, *, hidden: int = HIDDEN, dtype: torch.dtype = _BF16) -> Callable[[], Any]:
+    tokens = 8 if small else TOKENS
+    gate_up, upstream = (_randn(device, tokens, width, dtype=dtype) for width in (2 * hidden, hidden))
+    return lambda: torch.autograd.grad(swiglu(gate_up), gate_up, upstream)
+
+
+def _experts(device: str, small: bool, *, dtype: torch.dtype = _BF16) -> Callable[[], Any]:
+    """Mixtral's layer of experts on our own products: whole, without a backward pass, and its second step alone."""
+    backend = moe.Backend("triton", fused.experts, fused.layer)
+    experts, tokens, dim, hidden = (4, 64, 64, 96) if small else (8, TOKENS, DIM, HIDDEN)
+    x, logits = _randn(device, tokens, dim, dtype=dtype), _randn(device, tokens, experts, dtype=dtype)
+    w_gate_up = _randn(device, experts, 2 * hidden, dim, dtype=dtype)
+    w_down = _randn(device, experts, dim, hidden, dtype=dtype)
+    with torch.no_grad():
+        w_gate_up.mul_(dim**-0.5)
+        w_down.mul_(hidden**-0.5)
+    upstream = _randn(device, tokens, dim, dtype=dtype, grad=False)
+    offsets = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * (tokens // experts)
+
+    def run() -> Any:
+        with torch.no_grad():
+            moe.moe(x, logits, w_gate_up, w_down, 2, backend=backend)
+        torch.autograd.grad(backend.experts(x, offsets, w_gate_up, w_down), (x, w_gate_up, w_down), upstream)
+        y, _ = moe.moe(x, logits, w_gate_up, w_down, 2, backend=backend)
+        return torch.autograd.grad(y, (x, logits, w_gate_up, w_down), upstream)
+
+    return run
+
+
+def _loss(
+    device: str, small: bool, *, tokens: int = TOKENS, vocab: int = VOCAB, dtype: torch.dtype = _BF16
+) -> Callable[[], Any]:
+    tokens, dim = (4, 8) if small else (tokens, DIM)
+    hidden, weight = _randn(device, tokens, dim, dtype=dtype), _randn(device, vocab, dim, dtype=dtype)
+    targets = torch.randint(vocab, (tokens,), device=device)
+
+    def run() -> Any:
+        loss = linear_cross_entropy(hidden, weight, targets, z_loss=1e-4).loss
+        return torch.autograd.grad(loss / 2, (hidden, weight))  # a gradient of 1 would have nothing to scale
+
+    return run
+
+
+def _evaluation(device: str, small: bool, *, vocab: int = VOCAB) -> Callable[[], Any]:
+    """The loss where no gradient is wanted."""
+    tokens, dim = (16, 32) if small else (TOKENS, DIM)
+    hidden, weight = _randn(device, tokens, dim, grad=False), _randn(device, vocab, dim, grad=False)
+    targets = torch.randint(vocab, (tokens,), device=device)
+    return lambda: tuple(linear_cross_entropy(hidden, weight, targets))
+
+
+def _logprobs(device: str, small: bool, *, vocab: int = VOCAB) -> Callable[[], Any]:
+    tokens, dim = (4, 8) if small else (TOKENS, DIM)
+    hidden, weight = _randn(device, tokens, dim), _randn(device, vocab, dim)
+    targets = torch.randint(vocab, (tokens,), device=device)
+    upstream = _randn(device, tokens, dtype=_FP32, grad=False)
+
+    def run() -> Any:
+        return torch.autograd.grad(token_logprobs(hidden, weight, targets), (hidden, weight), upstream)
+
+    return run
+
+
+def _adamw(
+    device: str, small: bool, *, count: int = DIM * HIDDEN, gradient: torch.dtype, moments: torch.dtype,
+    on_device: bool = False, offset: int = 0,
+) -> Callable[[], Any]:  # fmt: skip
+    if small:
+        count = min(count, 8192)
+    parameter = _randn(device, count, grad=False)
+    slope = _randn(device, count, dtype=gradient, grad=False)
+    exp_avg, exp_avg_sq = (torch.zeros(count, dtype=moments, device=device) for _ in range(2))
+    step = torch.ones((), dtype=torch.int64, device=device) if on_device else 1
+
+    def run() -> Any:
+        return adamw_(
+            parameter, slope, exp_avg, exp_avg_sq, lr=1e-5, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
+            step=step, seed=1, tensor_id=2, offset=offset,
+        )  # fmt: skip
+
+    return run
+
+
+CASES: dict[str, Case] = {
+    "embed": _embed,
+    "embed, noise": partial(_embed, noise=True),
+    "embed, noise, 8191 tokens": partial(_embed, noise=True, tokens=8191),
+    "embed, noise, dim 2048": partial(_embed, noise=True, dim=2048),
+    "embed, noise, dim 8192": partial(_embed, noise=True, dim=8192),
+    "embed, noise, fp32": partial(_embed, noise=True, dtype=_FP32),
+    "rms_norm, no residual": partial(_rms_norm, residual=False),
+    "rms_norm": _rms_norm,
+    "rms_norm, last": partial(_rms_norm, last=True),
+    "rms_norm, dim 2048": partial(_rms_norm, dim=2048),
+    "rms_norm, dim 8192": partial(_rms_norm, dim=8192),
+    "rms_norm, fp32": partial(_rms_norm, dtype=_FP32),
+    "rotary": _rotary,
+    "rotary, 64 heads": partial(_rotary, heads=64),
+    "rotary, fp32": partial(_rotary, dtype=_FP32),
+    "swiglu": _swiglu,
+    "swiglu, fp32": partial(_swiglu, dtype=_FP32),
+    "experts": _experts,
+    "loss": _loss,
+    "loss, 8191 tokens": partial(_loss, tokens=8191),
+    "loss, vocabulary 32768": partial(_loss, vocab=32768),
+    "loss, vocabulary 50257": partial(_loss, vocab=50257),
+    "loss, vocabulary 128256": partial(_loss, vocab=128256),
+    "loss, vocabulary 151936": partial(_loss, vocab=151936),
+    "loss, evaluation": _evaluation,
+    "loss, evaluation, vocabulary 128256": partial(_evaluation, vocab=128256),
+    "loss, fp32": partial(_loss, dtype=_FP32),
+    "log-probabilities": _logprobs,
+    "log-probabilities, vocabulary 128256": partial(_logprobs, vocab=128256),
+    "adamw": partial(_adamw, gradient=_BF16, moments=_BF16),
+    "adamw, fp32 gradient": partial(_adamw, gradient=_FP32, moments=_BF16),
+    "adamw, fp32 moments": partial(_adamw, gradient=_BF16, moments=_FP32),
+    "adamw, fp32 gradient and moments": partial(_adamw, gradient=_FP32, moments=_FP32),
+    "adamw, step on the device": partial(_adamw, gradient=_BF16, moments=_BF16, on_device=True),
+    "adamw, odd shard": partial(_adamw, gradient=_BF16, moments=_BF16, count=4095, offset=4097),
+}

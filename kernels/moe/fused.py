@@ -1,0 +1,138 @@
+"""The experts on our own grouped products (grouped_gemm.py), dropless: `moe = "triton"`.
+
+    x -> rows by expert -> gate and up, silu(gate) * up -> down -> sum of each token's rows, weighted by p
+
+Only x and the product of gate and up are kept for the backward pass. It goes back by d_h = dy w_down before weighting:
+one epilogue makes of it the gradient of p, the hidden rows again (times p, for w_down's gradient), and both halves of
+the gradient of gate and up. So the experts' outputs are never needed again, and need not be kept.
+
+The same operator serves `experts` alone: rows that come sorted, and leave unweighted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, library
+
+from tokenmill.kernels.backends import INTERPRETED
+from tokenmill.kernels.moe import grouped_gemm
+from tokenmill.kernels.moe.permute import sort_choices
+from tokenmill.kernels.moe.router import Routing
+from tokenmill.kernels.moe.rows import spread, sum_choices
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run, or None where they can."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels compute float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if device.type != "cuda" and not INTERPRETED:
+        return "Triton's kernels need a GPU, or TRITON_INTERPRET=1 set before tokenmill is imported"
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter computes wrong products of bfloat16"
+    return None
+
+
+@library.custom_op("tokenmill::moe_experts", mutates_args=())
+def _experts(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, offsets: Tensor,
+    inverse: Tensor | None, weights: Tensor | None, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The layer with inverse and weights (T, k); without, sorted rows in and out. And gate_up, empty unless `keep`."""
+    xs = x if inverse is None else spread(x, inverse)
+    gate_up, h = grouped_gemm.gate_up(xs, w_gate_up, offsets, keep)
+    ys = grouped_gemm.product(h, w_down, offsets, transposed=True)
+    return (ys if inverse is None else sum_choices(ys, inverse, weights)), gate_up
+
+
+@_experts.register_fake
+def _(x, w_gate_up, w_down, offsets, inverse, weights, keep):
+    rows = x.shape[0] if inverse is None else inverse.numel()
+    return x.new_empty(x.shape), x.new_empty((rows, w_gate_up.shape[1]) if keep else 0)
+
+
+@library.custom_op("tokenmill::moe_experts_backward", mutates_args=())
+def _experts_backward(
+    dy: Tensor, x: Tensor, gate_up: Tensor, w_gate_up: Tensor, w_down: Tensor, offsets: Tensor,
+    inverse: Tensor | None, weights: Tensor | None, of_x: bool, of_gate_up: bool, of_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, w_gate_up, w_down and weights; empty where not asked for."""
+    dx, d_w_gate_up, d_w_down = (x.new_empty(0) for _ in range(3))
+    d_weights, p = x.new_empty(0, dtype=torch.float32), None
+    if inverse is not None and weights is not None:
+        dy = spread(dy, inverse)
+        p = weights.new_empty(weights.numel()).scatter_(0, inverse.view(-1), weights.view(-1))
+    d_gate_up, ph, d_p = grouped_gemm.hidden_gradient(dy, w_down, gate_up, offsets, p)
+    if d_p is not None:
+        d_weights = d_p[inverse]
+    if of_down:
+        d_w_down = grouped_gemm.weight_gradient(dy, ph, offsets)
+    if of_x:
+        dx = grouped_gemm.product(d_gate_up, w_gate_up, offsets, transposed=False)
+        dx = dx if inverse is None else sum_choices(dx, inverse)
+    if of_gate_up:
+        xs = x if inverse is None else spread(x, inverse)
+        d_w_gate_up = grouped_gemm.weight_gradient(d_gate_up, xs, offsets)
+    return dx, d_w_gate_up, d_w_down, d_weights
+
+
+@_experts_backward.register_fake
+def _(dy, x, gate_up, w_gate_up, w_down, offsets, inverse, weights, of_x, of_gate_up, of_down):
+    return (
+        x.new_empty(x.shape if of_x else 0),
+        x.new_empty(w_gate_up.shape if of_gate_up else 0),
+        x.new_empty(w_down.shape if of_down else 0),
+        x.new_empty(0 if weights is None else weights.shape, dtype=torch.float32),
+    )
+
+
+def _setup(ctx, inputs, output) -> None:
+    *saved, _keep = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros are made for gate_up, as large as it
+    ctx.save_for_backward(*saved, output[1])
+
+
+def _backward(ctx, dy, _):
+    x, w_gate_up, w_down, offsets, inverse, weights, gate_up = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 7
+    needs = ctx.needs_input_grad
+    dx, d_w_gate_up, d_w_down, d_weights = _experts_backward(
+        dy.contiguous(), x, gate_up, w_gate_up, w_down, offsets, inverse, weights, *needs[:3]
+    )
+    gradients = (dx, d_w_gate_up, d_w_down, None, None, d_weights, None)
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+
+
+_experts.register_autograd(_backward, setup_context=_setup)
+
+
+def layer(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """`permute`, `experts` and `combine` of this package in one: x (T, D) to (T, D)."""
+    offsets, _, inverse = sort_choices(routing)
+    return _run(x, w_gate_up, w_down, offsets, inverse, routing.weights)
+
+
+def experts(xs: Tensor, offsets: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """See `experts` in this package."""
+    return _run(xs, w_gate_up, w_down, offsets, None, None)
+
+
+def _run(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, offsets: Tensor, inverse: Tensor | None, weights: Tensor | None
+) -> Tensor:
+    """Raises ValueError where dtypes differ, or a row is not a multiple of 16 bytes: copies need that."""
+    if not x.dtype == w_gate_up.dtype == w_down.dtype:
+        raise ValueError(
+            f'moe = "triton": x is {x.dtype}, w_gate_up {w_gate_up.dtype} and w_down {w_down.dtype}; cast to one dtype'
+        )
+    for name, size in (("D", x.shape[1]), ("F", w_down.shape[2])):
+        if size * x.element_size() % 16:
+            raise ValueError(
+                f'moe = "triton" needs rows of a multiple of 16 bytes, and {name} = {size} of {x.element_size()} bytes '
+                f'is not: choose "reference"'
+            )
+    tensors = (x.contiguous(), w_gate_up.contiguous(), w_down.contiguous())
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, weights))
+    y, _ = _experts(*tensors, offsets, inverse, weights, keep)
+    return y

@@ -1,0 +1,121 @@
+"""Products over the rows of each expert, under the interpreter, against loops in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenmill.kernels import launch
+from tokenmill.kernels.moe import grouped_gemm
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
+
+DIM, HIDDEN = 24, 40  # of two tiles of 16 columns, one not full; and of three
+# Rows of each expert: one row in all; none, exactly a tile, several tiles, less than a tile, none at the end
+COUNTS = [[1], [0, 16, 0, 37, 2, 0]]
+
+
+@pytest.fixture(autouse=True, params=["descriptors", "pointers"])
+def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles a matrix, fewer programs than tiles, and every buffer NaN before it is written."""
+    small = dict(ROWS=16, COLUMNS=16, INNER=16, GROUP=2, DESCRIPTORS=request.param == "descriptors")
+    monkeypatch.setattr(launch, "settings", lambda kernel, sizes, default: default | small)
+
+    new_empty = Tensor.new_empty
+
+    def poison(*args: Any, **kwargs: Any) -> Tensor:
+        made = new_empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", poison)
+
+
+def rows_of(counts: list[int]) -> tuple[Tensor, list[slice]]:
+    """offsets (E,), and where each expert's rows are."""
+    ends = torch.tensor(counts).cumsum(0)
+    return ends.int(), [slice(end - count, end) for count, end in zip(counts, ends.tolist(), strict=True)]
+
+
+def assert_close(value: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    bound = {torch.float32: 1e-6, torch.float16: 1e-3}[dtype]
+    assert value.dtype == dtype
+    assert (value.double() - exact).norm() <= bound * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_product(counts: list[int], transposed: bool, dtype: torch.dtype):
+    offsets, rows = rows_of(counts)
+    x = torch.randn(sum(counts), DIM).to(dtype)
+    w = torch.randn(len(counts), HIDDEN, DIM).to(dtype)
+    y = grouped_gemm.product(x, w if transposed else w.mT.contiguous(), offsets, transposed)
+    exact = torch.cat([x[at].double() @ w[e].double().T for e, at in enumerate(rows)])
+    assert_close(y, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_gate_up(counts: list[int], dtype: torch.dtype):
+    offsets, rows = rows_of(counts)
+    x = torch.randn(sum(counts), DIM).to(dtype)
+    w = torch.randn(len(counts), 2 * HIDDEN, DIM).to(dtype) / DIM**0.5
+    gate_up, h = grouped_gemm.gate_up(x, w, offsets, True)
+    exact = torch.cat([x[at].double() @ w[e].double().T for e, at in enumerate(rows)])
+    gate, up = exact.chunk(2, -1)
+    assert_close(gate_up, exact, dtype)
+    assert_close(h, F.silu(gate) * up, dtype)
+    nothing, again = grouped_gemm.gate_up(x, w, offsets, False)
+    assert nothing.numel() == 0
+    assert torch.equal(again, h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_hidden_gradient(counts: list[int], weighted: bool, dtype: torch.dtype):
+    offsets, rows = rows_of(counts)
+    dy = torch.randn(sum(counts), DIM).to(dtype)
+    w = (torch.randn(len(counts), DIM, HIDDEN) / DIM**0.5).to(dtype)
+    gate_up = torch.randn(sum(counts), 2 * HIDDEN).to(dtype)
+    p = torch.rand(sum(counts)) if weighted else None
+    exact_gate_up = gate_up.double().requires_grad_()
+    exact_p = torch.ones(sum(counts), dtype=torch.float64) if p is None else p.double()
+    exact_p.requires_grad_()
+    gate, up = exact_gate_up.chunk(2, -1)
+    ph = exact_p[:, None] * F.silu(gate) * up
+    y = torch.cat([ph[at] @ w[e].double().T for e, at in enumerate(rows)])
+    exact = torch.autograd.grad(y, (exact_gate_up, exact_p), dy.double())
+    d_gate_up, h, d_p = grouped_gemm.hidden_gradient(dy, w, gate_up, offsets, p)
+    assert_close(d_gate_up, exact[0], dtype)
+    assert_close(h, ph.detach(), dtype)
+    if d_p is None:
+        assert not weighted
+    else:
+        assert_close(d_p, exact[1], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_weight_gradient(counts: list[int], dtype: torch.dtype):
+    offsets, rows = rows_of(counts)
+    a, b = torch.randn(sum(counts), HIDDEN).to(dtype), torch.randn(sum(counts), DIM).to(dtype)
+    out = grouped_gemm.weight_gradient(a, b, offsets)
+    exact = torch.stack([a[at].double().T @ b[at].double() for at in rows])
+    assert_close(out, exact, dtype)
+    assert not out[torch.tensor(counts) == 0].any()
+
+
+def test_no_rows_at_all():
+    offsets = torch.zeros(3, dtype=torch.int32)
+    w, none = torch.randn(3, 2 * HIDDEN, DIM), torch.empty(0, DIM)
+    gate_up, h = grouped_gemm.gate_up(none, w, offsets, True)
+    assert gate_up.shape == (0, 2 * HIDDEN)
+    assert grouped_gemm.product(h, torch.randn(3, DIM, HIDDEN), offsets, True).shape == (0, DIM)
+    gradient = grouped_gemm.weight_gradient(gate_up, none, offsets)
+    assert gradient.shape == w.shape
+    assert not gradient.any()
