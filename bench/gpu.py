@@ -60,13 +60,16 @@ def _parts(module: str, check: bool, seconds: dict[str, float]) -> list[Part]:
 
 
 MACHINE = Part("tokenmill.bench.gpu:machine", 60)
+OPERATIONS = _parts(
+    "ops", False, dict(ceilings=30, cross_entropy=90, attention=60, moe=60, elementwise=90, embedding=40, optimizer=30)
+)
 PARTS = [
     *_parts("checks", True, dict(noise=40, cross_entropy=60, attention=60, moe=60)),
     *_parts("checks", True, dict(elementwise=40, embedding=40, optimizer=40, waiting=60)),
     *_parts("training", True, dict(mistral=90, mixtral=90)),
-    *_parts("ops", False, dict(ceilings=30, cross_entropy=60, attention=60, moe=60)),
+    *OPERATIONS[:4],
     *_parts("training", False, dict(step=90)),
-    *_parts("ops", False, dict(elementwise=40, embedding=40, optimizer=30)),
+    *OPERATIONS[4:],
     *_parts("checks", True, dict(compiling=120)),
     *_parts("training", False, dict(beside_transformers=150)),
 ]
@@ -94,7 +97,8 @@ def visit(output: Path, budget: float = 520, rehearse: bool = False, parts: Sequ
         if limit < min(LEAST_SECONDS, part.seconds):
             result = {"status": "not measured", "reason": f"the budget of {budget:g} s was spent"}
         else:
-            worker = worker or _Worker(output, rehearse)
+            if worker is None or not worker.process.is_alive():
+                worker = _Worker(output, rehearse)
             result = worker.run(part.function, limit)
             if result["status"] == "failed":  # what it left behind, on the device too, ends with it
                 worker.end()
@@ -148,14 +152,14 @@ class _Worker:
 
     def run(self, function: str, limit: float) -> dict[str, Any]:
         begin = time.monotonic()
-        self.connection.send(function)
         try:
+            self.connection.send(function)
             if self.connection.poll(limit):
                 result = self.connection.recv()
             else:
                 os.kill(self.process.pid or 0, signal.SIGABRT)  # faulthandler writes where it was
                 result = {"status": "failed", "error": f"ended after {limit:.0f} s; gpu.log says where it was"}
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join()
             code = self.process.exitcode
             result = {"status": "failed", "error": f"its process died with exit code {code}; see gpu.log"}
@@ -248,9 +252,12 @@ def _main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at tiny shapes")
     parser.add_argument("--only", nargs="+", metavar="PART", help="such as ops:attention")
     options = parser.parse_args()
+    names = {p.function.removeprefix("tokenmill.bench."): p for p in PARTS}
+    if odd := [name for name in options.only or () if name not in names]:
+        parser.error(f"--only: no part {', '.join(odd)}; the parts are {', '.join(names)}")
     if importlib.util.find_spec("tokenmill") is None:
         _build_and_restart()
-    parts = [p for p in PARTS if options.only is None or p.function.removeprefix("tokenmill.bench.") in options.only]
+    parts = [part for name, part in names.items() if options.only is None or name in options.only]
     return visit(options.output, options.budget, options.rehearse, parts)
 
 

@@ -67,10 +67,16 @@ def _losses(place: Place, name: str, shape: dict[str, Any]) -> list[Row]:
         row |= {"loss from": lines[0]["loss"], "to": lines[-1]["loss"], "apart at first": apart[0]}
         row |= {"at most": max(apart), "allowed": f"{first:g}, {anywhere:g}"}
         rows.append(row | {"tokens/s": median(line["tokens_per_second"] for line in lines)})
-    strict = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, deterministic=True))
-    runs = [_train(strict, folder / f"deterministic-{n}", place.device.type, "bf16-mixed") for n in range(2)]
-    same = all(a[key] == b[key] for a, b in zip(*runs, strict=True) for key in ("loss", "grad_norm"))
-    rows.append({"what": f"small {name}, deterministic, twice", "held": same})
+    steps = recipe.train.steps or 0
+    length = dataclasses.replace(recipe.train, deterministic=True, checkpoint_every=steps // 2)
+    strict = dataclasses.replace(recipe, train=length)
+    runs = []
+    for output in (folder / "deterministic", folder / "again", folder / "again"):
+        shutil.rmtree(output / "checkpoints" / f"step-{steps:08d}", ignore_errors=True)  # the third resumes from half
+        runs.append(_train(strict, output, place.device.type, "bf16-mixed"))
+    for run, what in zip(runs[1:], ("twice", "stopped and resumed"), strict=True):
+        same = all(a[key] == b[key] for a, b in zip(run, runs[0], strict=True) for key in ("loss", "grad_norm"))
+        rows.append({"what": f"small {name}, deterministic, {what}", "held": same})
     learned = rows[0]["to"] < rows[0]["loss from"]
     rows.append({"what": f"small {name} learns", "held": learned})
     here = dataclasses.replace(recipe, device=place.device.type, train=_precision(recipe, "bf16-mixed"))

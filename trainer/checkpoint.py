@@ -14,7 +14,7 @@ import json
 import shutil
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from tokenmill.trainer.state import TrainState
 
 FORMAT = "tokenmill-checkpoint-1"
 MANIFEST = "checkpoint.json"
+_PRECISIONS = {torch.float32: "fp32 or bf16-mixed", torch.bfloat16: "bf16"}  # by their moments' dtype
 
 
 def save_checkpoint(
@@ -49,7 +50,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint that appears whole or not at all; every rank calls this and writes its own shard.
 
-    Raises FileExistsError where `folder` is there.
+    Raises FileExistsError where `folder` is there, OSError naming the file that could not be written.
     """
     world = world or World()
     parts = {"model": {name: parameter.data for name, parameter in model.named_parameters()}}
@@ -64,7 +65,12 @@ def save_checkpoint(
         for kind, tensors in parts.items():
             file = temporary / _shard_name(kind, world.rank)
             local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
-            save_file(local, file)
+            try:
+                save_file(local, file)
+            except SafetensorError as error:
+                raise OSError(
+                    f"{file}: cannot be written ({error}); the output must be a folder with room that all nodes share"
+                ) from None
             sync(file)
             sizes = torch.tensor([file.stat().st_size, _crc32(file)], device=world.device)
             for rank, values in enumerate(world.gather(sizes)):
@@ -72,7 +78,8 @@ def save_checkpoint(
         if world.rank == 0:
             copy_tokenizer(tokenizer_from, temporary)
             for file in temporary.iterdir():
-                facts.setdefault(file.name, {"bytes": file.stat().st_size, "crc32": _crc32(file)})
+                if file.name not in facts:  # the tokenizer; every rank has read its own files
+                    facts[file.name] = {"bytes": file.stat().st_size, "crc32": _crc32(file)}
             manifest = {
                 "format": FORMAT,
                 "ranks": world.size,
@@ -85,32 +92,64 @@ def save_checkpoint(
     world.barrier()
 
 
-def save_step(run: Path, keep: int, model: Transformer, world: World, **parts: Any) -> Path:
-    """The checkpoint of a running job: `run/checkpoints/step-N`, of which the last `keep` stay."""
-    folder = run / "checkpoints" / f"step-{parts['state'].step:08d}"
-    if world.rank == 0 and folder.exists():  # a damaged one that a resume passed over
+def save_step(
+    run: Path, keep: int, model: Transformer, world: World, *, passed_over: Sequence[Path] = (), **parts: Any
+) -> Path:
+    """The checkpoint of a running job: `run/checkpoints/step-N`, of which the last `keep` stay. Those that were
+    `passed_over` when it was resumed go, once the new one is there.
+    """
+    folder = run / "checkpoints" / _step_name(parts["state"].step)
+    if world.rank == 0 and folder.exists():  # one of the damaged
         shutil.rmtree(folder)
     save_checkpoint(folder, model, world, **parts)
     if world.rank == 0:
-        for old in _steps(run)[:-keep]:
+        whole = [f for f in _steps(run) if f == folder or f not in passed_over]
+        for old in {*_steps(run)} - {*whole[-keep:]}:
             shutil.rmtree(old)
     return folder
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; damaged ones are passed over with a warning."""
-    for folder in reversed(_steps(run)):
+def latest_checkpoint(run: Path, world: World | None = None) -> Path | None:
+    """The newest whole checkpoint of a run, the same on every rank; damaged ones are passed over with a warning."""
+    world = world or World()
+    steps = _steps(run) if world.rank == 0 else []
+    while (step := world.first(_step_of(steps.pop()) if steps else -1)) >= 0:
+        folder = run / "checkpoints" / _step_name(step)
         try:
-            read_manifest(folder)
+            verify(folder, world)
             return folder
         except ValueError as error:
             warnings.warn(f"{error}; passing over this checkpoint", stacklevel=2)
     return None
 
 
-def read_manifest(folder: Path, *, whole: bool = True) -> dict[str, Any]:
-    """What a checkpoint says of itself, once every file is there and, if `whole`, has the size and the checksum that
-    it names: that reads all of it, and is done once, where a checkpoint is chosen.
+def newer_checkpoints(run: Path, checkpoint: Path | None) -> list[Path]:
+    """Those that `latest_checkpoint` passed over when it chose `checkpoint`."""
+    return [folder for folder in _steps(run) if checkpoint is None or folder > checkpoint]
+
+
+def verify(folder: Path, world: World | None = None) -> None:
+    """Check that every file of a checkpoint has the size and the checksum that it names. This reads all of it, each
+    rank its share, and is done once, where a checkpoint is chosen.
+
+    Raises ValueError on every rank, naming the file on those that found it.
+    """
+    world = world or World()
+    error = None
+    try:
+        files = read_manifest(folder)["files"]
+        for name in sorted(files)[world.rank :: world.size]:
+            file = folder / Path(name).name
+            if (file.stat().st_size, _crc32(file)) != (files[name]["bytes"], files[name]["crc32"]):
+                raise ValueError(f"{file}: damaged, size or checksum differ from {MANIFEST}'s")
+    except (OSError, ValueError) as found:
+        error = found
+    if world.any(error is not None):
+        raise ValueError(str(error or f"{folder}: damaged, as another rank has found")) from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, once every file that it names is there.
 
     Raises ValueError naming the file.
     """
@@ -125,30 +164,28 @@ def read_manifest(folder: Path, *, whole: bool = True) -> dict[str, Any]:
         raise ValueError(f"{path}: format is {kind!r}, expected {FORMAT!r}")
     if odd := {_shard_name("model", rank) for rank in range(ranks)} - files.keys():
         raise ValueError(f"{path}: says that {ranks} ranks wrote, but lists no {min(odd)}")
-    for name, expected in files.items():
-        file = folder / Path(name).name
-        if not file.is_file():
+    for name in sorted(files):
+        if not (file := folder / Path(name).name).is_file():
             raise ValueError(f"{file} is missing")
-        if whole and (file.stat().st_size, _crc32(file)) != expected:
-            raise ValueError(f"{file}: damaged, size or checksum differ from {MANIFEST}'s")
     return manifest
 
 
-def resolve_model(path: str | Path) -> Path:
-    """The folder with the weights that `path` means: itself, or a run's newest checkpoint.
+def resolve_model(path: str | Path, world: World | None = None) -> Path:
+    """The folder with the weights that `path` means: itself, or a run's newest checkpoint; verified, unless it is
+    Hugging Face's.
 
-    Raises ValueError where there is none.
+    Raises ValueError where there is none, or it is damaged.
     """
     folder = Path(path)
     if (folder / "checkpoints").is_dir():
-        newest = latest_checkpoint(folder)
+        newest = latest_checkpoint(folder, world)
         if newest is None:
             raise ValueError(f"{folder}/checkpoints: holds no whole checkpoint")
         return newest
     if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: expected a checkpoint ({MANIFEST}), a run's output or a Hugging Face folder")
     if (folder / MANIFEST).is_file():
-        read_manifest(folder)
+        verify(folder, world)
     return folder
 
 
@@ -157,7 +194,7 @@ def read_config(folder: Path) -> ModelConfig:
     if not (folder / MANIFEST).is_file():
         return read_hf_config(folder)
     try:
-        return build(ModelConfig, read_manifest(folder, whole=False).get("model") or {}, "model.")
+        return build(ModelConfig, read_manifest(folder).get("model") or {}, "model.")
     except ConfigError as error:
         raise ValueError(f"{folder / MANIFEST}: {error}") from None
 
@@ -169,7 +206,7 @@ def fill_model(model: Transformer, folder: Path) -> None:
     """
     if (folder / MANIFEST).is_file():
         parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-        _fill(folder, "model", read_manifest(folder, whole=False)["ranks"], parameters)
+        _fill(folder, "model", read_manifest(folder)["ranks"], parameters)
     else:
         load_weights(model, folder)
 
@@ -195,7 +232,7 @@ def load_training(folder: Path, model: Transformer, optimizer: torch.optim.Optim
 
     Raises ValueError naming the file or tensor; `model` and `optimizer` are then undefined.
     """
-    manifest = read_manifest(folder, whole=False)
+    manifest = read_manifest(folder)
     if manifest.get("state") is None:
         raise ValueError(f"{folder / MANIFEST}: holds a model only, there is no training to resume")
     for key, value in dataclasses.asdict(model.config).items():
@@ -203,7 +240,6 @@ def load_training(folder: Path, model: Transformer, optimizer: torch.optim.Optim
             raise ValueError(
                 f"{folder}: its model has {key} = {stored!r}, the recipe's {value!r}; give the recipe another output"
             )
-    fill_model(model, folder)
     file = folder / _shard_name("optimizer", 0)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments: dict[str, Tensor] = {}
@@ -213,10 +249,19 @@ def load_training(folder: Path, model: Transformer, optimizer: torch.optim.Optim
             if name not in parameters:
                 raise ValueError(f"{file}: {key!r} belongs to no parameter of the model")
             if shard.get_slice(key).get_shape():
-                moments[key] = torch.zeros_like(parameters[name], dtype=shard.get_slice(key)[:0].dtype)
-            else:  # a count of steps, kept on the host as torch's fused optimizers do not mind
-                moments[key] = shard.get_tensor(key)
+                stored, ours = shard.get_slice(key)[:0].dtype, parameters[name].dtype
+                if stored != ours:
+                    raise ValueError(
+                        f"{folder}: was written with train.precision = {_PRECISIONS.get(stored, stored)} (its moments "
+                        f"are {stored}, the recipe's {ours}); resume with the same, or start another output from its "
+                        f"weights with model.path = '{folder}'"
+                    )
+                moments[key] = torch.zeros_like(parameters[name])
+            else:  # a count of steps: torch's fused optimizer wants it beside the parameter, ours on the host
+                fused = optimizer.defaults.get("fused", False)
+                moments[key] = shard.get_tensor(key).to(parameters[name].device if fused else "cpu")
             optimizer.state[parameters[name]][kind] = moments[key]
+    fill_model(model, folder)
     _fill(folder, "optimizer", manifest["ranks"], {key: t.data for key, t in moments.items()})
     return TrainState.from_json(manifest["state"])
 
@@ -254,7 +299,15 @@ def _open(file: Path) -> Any:
 
 
 def _steps(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step-[0-9]*"))
+    return sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8))
+
+
+def _step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _shard_name(kind: str, rank: int) -> str:

@@ -89,7 +89,7 @@ class LossSection:
 @dataclass(frozen=True)
 class KernelsSection:
     attention: Literal["auto", "flash", "sdpa", "reference"] = "auto"
-    moe: Literal["auto", "grouped_mm", "reference"] = "auto"
+    moe: Literal["auto", "triton", "megablocks", "grouped_mm", "reference"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ class Recipe:
         expect(
             getattr(self.train, given[0]) > 0, f"train.{given[0]}", "a positive number", getattr(self.train, given[0])
         )
-        expect((self.model.path is None) != (self.model.new is None), "model", "either path or [model.new]", self.model)
+        sources = [k for k in ("model.path", "model.new") if getattr(self.model, k.removeprefix("model.")) is not None]
+        expect(len(sources) == 1, "model", "either model.path or model.new, not both", " and ".join(sources) or None)
         expect(len(self.data.sources) > 0, "data.sources", "at least one source", self.data.sources)
         for i, source in enumerate(self.data.sources):
             expect(source.weight > 0, f"data.sources.{i}.weight", "a positive number", source.weight)
@@ -133,11 +134,16 @@ class Recipe:
             expect(getattr(self.data, key) > 0, f"data.{key}", "a positive integer", getattr(self.data, key))
         length = self.data.sequence_length
         expect(2 <= length <= 2**28, "data.sequence_length", "at least 2 tokens, at most 2**28", length)
+        tokens = self.data.validation_tokens
+        expect(tokens is None or tokens > 0, "data.validation_tokens", "a positive integer", tokens)
         for key in ("validate_every", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self.train, key)
             expect(value is None or value > 0, f"train.{key}", "a positive integer", value)
-        expect(self.optimizer.learning_rate > 0, "optimizer.learning_rate", "> 0", self.optimizer.learning_rate)
-        expect(self.optimizer.clip_norm > 0, "optimizer.clip_norm", "> 0", self.optimizer.clip_norm)
+        for key in ("learning_rate", "eps", "clip_norm"):
+            expect(getattr(self.optimizer, key) > 0, f"optimizer.{key}", "> 0", getattr(self.optimizer, key))
+        expect(self.optimizer.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.optimizer.weight_decay)
+        betas = self.optimizer.betas
+        expect(all(0 <= beta < 1 for beta in betas), "optimizer.betas", "two numbers from 0 to below 1", betas)
         for key in ("warmup", "decay", "final"):
             value = getattr(self.schedule, key)
             expect(0 <= value <= 1, f"schedule.{key}", "a share between 0 and 1", value)

@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from tokenmill.trainer.model import Transformer
+
+# How long a rank waits for the others: they may be writing or checking a large checkpoint. One that fails does not
+# keep them waiting, since torchrun then ends them all.
+PATIENCE = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,14 @@ class World:
         dist.all_gather(gathered, values)
         return gathered
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on a rank."""
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+
+    def first(self, number: int) -> int:
+        """Rank 0's number."""
+        return int(self.sum(torch.tensor(number if self.rank == 0 else 0, device=self.device)).item())
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -54,7 +68,8 @@ class World:
 
 @contextmanager
 def join(device: str, *, sharded: bool = False) -> Iterator[World]:
-    """Join the processes that `torchrun` started (without it: a world of one), and leave them at the end.
+    """Join the processes that `torchrun` started (without it: a world of one), and leave them at the end; after an
+    error, whose traceback then names the rank, without waiting for the others.
 
     `device`: auto (a GPU where there is one), cpu or cuda. `sharded` makes a mesh even of one process, for what only
     sharding offers. Raises ValueError where the device is not there.
@@ -67,15 +82,18 @@ def join(device: str, *, sharded: bool = False) -> Iterator[World]:
     if size == 1 and not sharded:
         yield World(rank, size, local, None)
         return
-    backend = "nccl" if kind == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    group: dict[str, Any] = dict(backend="gloo") if kind == "cpu" else dict(backend="nccl", device_id=local)
+    if "RANK" not in os.environ:
+        group |= dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(timeout=PATIENCE, **group)
     try:
         yield World(rank, size, local, init_device_mesh(kind, (size,), mesh_dim_names=("shard",)))
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        error.add_note(f"on rank {rank} of {size}")
+        if size == 1:  # others may sit in a collective, for which NCCL would wait: leaving ends this process instead
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def pick_device(name: str) -> torch.device:
@@ -103,5 +121,5 @@ def shard(model: Transformer, world: World, precision: str) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            if world.device.type == "cpu":  # gloo has no reduction that divides on the way
-                module.set_force_sum_reduction_for_comms(True)
+            # Not a reduction that multiplies by the factor on the way, which gloo lacks and NCCL would do in vain.
+            module.set_force_sum_reduction_for_comms(True)

@@ -26,6 +26,7 @@ from tokenmill.trainer.checkpoint import (
     fill_model,
     latest_checkpoint,
     load_training,
+    newer_checkpoints,
     read_config,
     resolve_model,
     save_step,
@@ -48,26 +49,32 @@ def train(recipe: Recipe, console: Literal["lines", "bar"] = "lines") -> Path:
     """Run a recipe on the processes that `torchrun` started, this one alone without it; from where an earlier run of
     it stopped, if its output folder holds a checkpoint. Returns the last checkpoint.
 
-    Raises ValueError where recipe, model and streams do not fit each other.
+    Raises ValueError where recipe, model and streams do not fit each other, and SystemExit with status 75 (sysexits.h:
+    try again) where SIGTERM or SIGUSR1 made it stop before the last step, so that no scheduler takes it for done.
     """
     sharded = recipe.train.precision == "bf16-mixed"
     with _deterministic(recipe.train.deterministic), join(recipe.device, sharded=sharded) as world:
-        return Trainer(recipe, world, console).train()
+        trainer = Trainer(recipe, world, console)
+        saved = trainer.train()
+    if trainer.state.step < trainer.steps:
+        raise SystemExit(os.EX_TEMPFAIL)
+    return saved
 
 
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
     """Ask PyTorch and FlashAttention for operations that give the same bits every time, where they have a choice."""
-    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    memory: Any = deterministic  # a module with a property, which a type checker does not see
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS then needs before its first product
-        deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+        memory.fill_uninitialized_memory = False  # nothing here reads what it has not written
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        deterministic.fill_uninitialized_memory = before[1]
+        memory.fill_uninitialized_memory = before[1]
 
 
 class Trainer:
@@ -79,13 +86,17 @@ class Trainer:
         self.output = Path(recipe.output)
         self.sources = [Source(TokenStream.open(s.stream), s.weight) for s in recipe.data.sources]
         self.validation = {Path(folder).name: TokenStream.open(folder) for folder in recipe.data.validation}
-        self.model = build_model(recipe, world)
-        self.tokenizer_from = check_streams(recipe, self.model, [s.stream for s in self.sources], self.validation)
+        source = None if recipe.model.path is None else resolve_model(recipe.model.path, world)
+        self.model = build_model(recipe, world, source)
+        self.tokenizer_from = check_streams(source, self.model, [s.stream for s in self.sources], self.validation)
         self.objective: Objective = Sft(recipe.seed) if recipe.objective == "sft" else pretrain
         self.optimizer = build_optimizer(self.model, recipe.optimizer, recipe.train.precision, recipe.seed)
 
-        checkpoint = latest_checkpoint(self.output)
-        self.state = TrainState() if checkpoint is None else load_training(checkpoint, self.model, self.optimizer)
+        self.checkpoint = latest_checkpoint(self.output, world)
+        self.passed_over = newer_checkpoints(self.output, self.checkpoint)
+        self.state = TrainState()
+        if self.checkpoint is not None:
+            self.state = load_training(self.checkpoint, self.model, self.optimizer)
         if self.state.expert_fractions is not None:
             self.state.expert_fractions = self.state.expert_fractions.to(world.device)
         self.loader = Loader(
@@ -101,17 +112,20 @@ class Trainer:
             self.loader.load_state_dict(self.state.data)
         self.steps = planned_steps(recipe, self.loader)
         self.peak = peak_flops(world.device)
-        self.stopping = False
+        self.requested = False  # this rank was asked to stop: may differ between ranks, so nothing is decided by it
+        self.stopping = False  # a rank was, as all of them found in the same step
         self.output.mkdir(parents=True, exist_ok=True)
         if world.rank == 0:
             replace_file(self.output / "recipe.json", json.dumps(dataclasses.asdict(recipe), indent=2) + "\n")
         self.log = MetricsLog(
             self.output, self.state.step, self.steps, console if world.rank == 0 else "none", recipe.log
         )
-        self.log.say(self._banner(checkpoint))
+        self.log.say(self._banner())
 
     def train(self) -> Path:
-        """Run to the last step, or to the one in which a scheduler asks to stop; returns the last checkpoint."""
+        """Run to the last step, or to the end of the one in which, or before which, a scheduler asks to stop; returns
+        the last checkpoint.
+        """
         every = self.recipe.train
         handlers = {s: signal.signal(s, self._stop) for s in STOPPING}
         try:
@@ -124,13 +138,13 @@ class Trainer:
                     self.save()
             if self.stopping:
                 self.log.say(f"stopped at step {self.state.step} of {self.steps} on request, checkpoint written")
-            saved = resolve_model(self.output)
-            self.log.say(f"trained: {saved}")
+            assert self.checkpoint is not None
+            self.log.say(f"trained: {self.checkpoint}")
         finally:
             self.log.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        return saved
+        return self.checkpoint
 
     def step(self) -> StepRecord:
         """One optimizer step: its micro-batches forward and backward, clipping, the update, and what to report."""
@@ -153,7 +167,7 @@ class Trainer:
             group["lr"] = lr
 
         flops = exact_flops(self.model.config, data.micro_batches)
-        sums = self._sum_over_ranks(parts, [flops, data_wait, float(self.stopping)])
+        sums = self._sum_over_ranks(parts, [flops, data_wait, float(self.requested)])
         loss, balance, flops, data_wait, stopping = sums[:5].tolist()  # waits for the step's kernels
         self.stopping = stopping > 0
         finite = math.isfinite(loss) and math.isfinite(float(grad_norm))
@@ -211,17 +225,19 @@ class Trainer:
             self.log.validation(self.state.step, self.state.tokens, losses)
         return losses
 
-    def save(self) -> Path:
-        return save_step(
+    def save(self) -> None:
+        self.checkpoint = save_step(
             self.output,
             self.recipe.train.keep_checkpoints,
             self.model,
             self.world,
+            passed_over=self.passed_over,
             optimizer=self.optimizer,
             state=self.state,
             recipe=self.recipe,
             tokenizer_from=self.tokenizer_from,
         )
+        self.passed_over = []  # they are gone; the next of their names is a good one
 
     def _sum_over_ranks(self, parts: list[StepLoss], scalars: list[float]) -> Tensor:
         """(2 + scalars + layers * E,) fp64: loss, balance, the scalars and expert counts, in one reduction."""
@@ -234,9 +250,9 @@ class Trainer:
         return self.world.sum(torch.cat(flat))
 
     def _stop(self, number: int, frame: Any) -> None:
-        self.stopping = True
+        self.requested = True
 
-    def _banner(self, checkpoint: Path | None) -> str:
+    def _banner(self) -> str:
         config = self.model.config
         active = f" ({config.parameters(active=True):,} active)" if config.moe else ""
         backends = ", ".join(f"{kind} {name}" for kind, name in self.model.backends.items())
@@ -250,8 +266,8 @@ class Trainer:
             f"  {self.steps:,} steps of {self.recipe.data.packs_per_step} packs of "
             f"{self.recipe.data.sequence_length:,} tokens; output {self.output}",
         ]
-        if checkpoint is not None:
-            lines.append(f"  resuming from {checkpoint}")
+        if self.checkpoint is not None:
+            lines.append(f"  resuming from {self.checkpoint}")
             if self.state.step >= self.steps:
                 lines.append(f"  nothing to do: step {self.state.step} of {self.steps} is done")
         return "\n".join(lines)
@@ -281,12 +297,12 @@ def _share(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
         yield turn[world.rank] or Batch.ghost()
 
 
-def build_model(recipe: Recipe, world: World) -> Transformer:
-    """The recipe's model on this rank's device, sharded over the ranks, with weights loaded or made from the seed.
+def build_model(recipe: Recipe, world: World, source: Path | None) -> Transformer:
+    """The recipe's model on this rank's device, sharded over the ranks, with the weights in `source`, a checkpoint or
+    a Hugging Face folder; None: with weights made from the seed.
 
     Under a mesh no rank ever holds the whole: shards are made first and filled from the files.
     """
-    source = None if recipe.model.path is None else resolve_model(recipe.model.path)
     config = recipe.model.new if source is None else read_config(source)
     assert config is not None
     kernels = recipe.kernels
@@ -304,9 +320,10 @@ def build_model(recipe: Recipe, world: World) -> Transformer:
 
 
 def check_streams(
-    recipe: Recipe, model: Transformer, sources: list[TokenStream], validation: dict[str, TokenStream]
+    folder: Path | None, model: Transformer, sources: list[TokenStream], validation: dict[str, TokenStream]
 ) -> Path:
-    """That streams and model speak the same tokens; the folder that holds their tokenizer.
+    """That streams and the model, which comes from `folder`, speak the same tokens; the folder that holds their
+    tokenizer.
 
     Raises ValueError naming the stream, where its vocabulary does not fit the model's or its tokenizer is another.
     """
@@ -316,10 +333,8 @@ def check_streams(
                 f"{stream.folder}: its tokenizer has {stream.vocab_size} pieces, the model's vocabulary only "
                 f"{model.config.vocab_size}; prepare it with the model's tokenizer"
             )
-    folder = sources[0].folder
-    if recipe.model.path is not None:
-        known = resolve_model(recipe.model.path)
-        folder = known if (known / "tokenizer.model").is_file() else folder
+    if folder is None or not (folder / "tokenizer.model").is_file():
+        folder = sources[0].folder
     expected = Tokenizer.open(folder).sha256
     for stream in [*sources, *validation.values()]:
         if stream.tokenizer_sha256 != expected:

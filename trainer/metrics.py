@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
+import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,11 +24,16 @@ from tokenmill.trainer.model import ModelConfig
 from tokenmill.trainer.model.config import attended_pairs
 
 # Dense bf16 tensor-core peaks, FLOP/s, from the vendor's data sheets; the first name that matches counts.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+PEAK_FLOPS = {
+    "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
+    "GB200": 2500e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StepRecord:
+    """In metrics.jsonl, a number that is not finite is null: JSON has no other name for it."""
+
     step: int  # optimizer steps done
     tokens: int  # rows of real documents, cumulative
     loss: float  # mean negative log-likelihood a target, nats
@@ -54,7 +61,10 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak, where it is known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
+    return named_peak_flops(torch.cuda.get_device_name(device))
+
+
+def named_peak_flops(name: str) -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
@@ -66,6 +76,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 Console = Literal["lines", "bar", "none"]
+_INSTALL = "pip install 'tokenmill[log]' brings what it needs"
 
 
 class MetricsLog:
@@ -85,7 +96,7 @@ class MetricsLog:
         if section.tensorboard:
             self._add_tensorboard(folder / "tensorboard", step)
         if section.wandb is not None:
-            self._add_wandb(section.wandb, folder)
+            self._add_wandb(section.wandb, folder, step)
         path = folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
@@ -138,7 +149,10 @@ class MetricsLog:
             close()
 
     def _add_tensorboard(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError as error:
+            raise ImportError(f"log.tensorboard: {error}; {_INSTALL}") from None
 
         writer = SummaryWriter(str(folder), purge_step=step + 1)  # drops what a resumed run does again
 
@@ -149,21 +163,36 @@ class MetricsLog:
         self._boards.append(write)
         self._closers.append(writer.close)
 
-    def _add_wandb(self, project: str, folder: Path) -> None:
-        import wandb  # pyright: ignore[reportMissingImports]
+    def _add_wandb(self, project: str, folder: Path, step: int) -> None:
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ImportError(f"log.wandb: {error}; {_INSTALL}") from None
 
-        run = wandb.init(project=project, name=folder.name, dir=str(folder), resume="allow", id=folder.name)
+        known = folder / "wandb.id"  # a run that begins afresh, or elsewhere under the same name, is another one
+        if not (step and known.is_file()):
+            replace_file(known, secrets.token_hex(8) + "\n")
+        name = known.read_text().strip()
+        run = wandb.init(project=project, name=folder.name, dir=str(folder), resume="allow", id=name)
         self._boards.append(lambda scalars, at: run.log(scalars, step=at))
         self._closers.append(run.finish)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
             self._file.flush()
         if self._boards:
             scalars = flatten({k: v for k, v in record.items() if k != "step"})
             for write in self._boards:
                 write(scalars, record["step"])
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
 def flatten(record: Any, prefix: str = "") -> dict[str, float]:

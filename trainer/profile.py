@@ -120,7 +120,9 @@ def profile(recipe: Recipe, output: Path, steps: int = 5, warmup: int = 2) -> st
             return ""
         output.mkdir(parents=True, exist_ok=True)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (world.device.type == "cuda")
-        with torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+        with torch.profiler.profile(
+            activities=activities, record_shapes=True, profile_memory=True, acc_events=True
+        ) as profiler:
             seconds, data_wait = _timed_steps(trainer, steps)
         _memory_snapshot(trainer, output / "memory.pickle")
     profiler.export_chrome_trace(str(output / "trace.json"))
@@ -220,7 +222,8 @@ def _hooks(module: nn.Module, kind: str) -> list[Any]:
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         scopes.pop().__exit__(None, None, None)
 
-    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    # Also when the forward is cut short: a recomputed one ends, by an exception, as soon as it has made what is needed.
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
 
 def table(result: Profile) -> str:
@@ -237,7 +240,9 @@ def table(result: Profile) -> str:
         share = row.ms / result.step_ms
         lines.append(f"{row.kind:<14}{row.ms:>10.3f}{share:>8.1%}{row.peak_mib:>13.1f}  {KINDS[row.kind]}".rstrip())
     peak = sum(row.peak_mib for row in result.kinds)
+    negative = [row.kind for row in result.kinds if row.ms < 0]
     verdict = f"{apart:+.2%} of the clock's" + ("" if abs(apart) <= TOLERANCE else ": the rows miss something")
+    verdict += f"; less than nothing for {', '.join(negative)}: do not trust this table" if negative else ""
     lines += [
         f"{'sum':<14}{result.sum_ms:>10.3f}{result.sum_ms / result.step_ms:>8.1%}{peak:>13.1f}  {verdict}",
         "",

@@ -7,7 +7,7 @@
   gaps, is idle.
 
 An operator has the kind of the scope it runs in (`tokenmill.trainer.profile` opens them), a backward operator that of
-the forward one that it differentiates.
+the forward one that it differentiates. What activation checkpointing computes again has the kind that it had before.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class _Span:
 
 _HOST = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver", "cpu_instant_event")
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+_MODE = "PythonDispatchMode"  # of selective checkpointing: it computes a product anew, further in, or has kept it
 _HOST_WORK = ("data", "communication")  # whose time in no operator is theirs, in C++ or waiting for others
 # Names that tell the kind, wherever they occur.
 _NAMED = re.compile(
@@ -119,8 +120,13 @@ def _host_spans(events: list[dict[str, Any]]) -> list[_Span]:
     around: dict[Any, list[_Span]] = defaultdict(list)
     for span in spans:
         stack = around[span.thread]
-        while stack and stack[-1].end <= span.start:
-            stack.pop()
+        while stack and stack[-1].end < span.end:
+            # It has ended, or is about to: the operator in which a scope was opened. What both cover is the scope's.
+            ended = stack.pop()
+            if (both := ended.end - span.start) > 0:
+                ended.own -= both
+                if stack:
+                    stack[-1].own += both
         parent = stack[-1] if stack else None
         span.own = span.end - span.start
         if parent is not None:
@@ -134,7 +140,10 @@ def _host_spans(events: list[dict[str, Any]]) -> list[_Span]:
             span.kind = differentiated.kind
             if parent is not None and parent.name.startswith("autograd::engine"):
                 parent.kind = span.kind  # the engine's call of this function
-        if span.gemm is None and span.name in _FIRST_FACTOR:
+        if span.name == _MODE:
+            for outer in [*stack, span]:
+                outer.gemm, outer.begins_gemm = None, False
+        elif span.gemm is None and span.name in _FIRST_FACTOR:
             span.gemm = _gemm(span)
             span.begins_gemm = True
         if span.event["cat"] == "cpu_op":

@@ -32,7 +32,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         score = row["score"]
         accuracy = f"{score['accuracy']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
-        losses = [f"{row['losses'][stream]:.3f}" for stream in streams]
+        losses = ["-" if (loss := row["losses"][s]) is None else f"{loss:.3f}" for s in streams]
         cells.append([row["stage"], *losses, accuracy, f"{score['chance']:.3f}", f"{row['tokens_per_second']:,.0f}"])
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
 

@@ -25,6 +25,17 @@ def stage(steps: int, experts: bool = True) -> list[dict[str, Any]]:
     return records
 
 
+def test_a_loss_that_was_not_finite_is_left_out(tmp_path):
+    score = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "chance": 0.25, "n": 9, "predictions": [0]}
+    losses = {"clinical": None, "general": 2.0}
+    assert (
+        "- " in table([{"stage": "base", "losses": losses, "score": score, "tokens_per_second": 1.0}]).splitlines()[2]
+    )
+    records = stage(6)
+    records[0]["loss"] = records[2]["validation"]["general"] = None
+    plots({"base": records}, tmp_path)
+
+
 def test_table_is_markdown_with_aligned_columns():
     score = {"accuracy": 0.55, "low": 0.506, "high": 0.593, "chance": 0.25, "n": 500, "predictions": [0]}
     losses = {"clinical_heldout": 2.5, "general_heldout": 12.1234}

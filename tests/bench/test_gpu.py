@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import threading
 import time
+from typing import Any
 
 import pytest
 import torch
 
-from tokenmill.bench import checks, ops
+from tokenmill.bench import checks, gpu, ops
 from tokenmill.bench.gpu import PARTS, Part, Place, visit
 
 
@@ -23,6 +26,15 @@ def crashes(place: Place) -> list:
 
 def hangs(place: Place) -> list:
     time.sleep(600)
+    return []
+
+
+def dies_later(place: Place) -> list:
+    threading.Timer(0.3, os._exit, [3]).start()
+    return []
+
+
+def waits(place: Place) -> list:
     return []
 
 
@@ -62,10 +74,11 @@ def test_a_failure_costs_only_its_own_part(tmp_path, capsys):
 
 
 def test_a_hanging_part_is_ended_and_a_spent_budget_said(tmp_path):
-    hanging, late = Part(f"{__name__}:hangs", 2), Part("tokenmill.bench.ops:ceilings", 60)
-    status, report = run(tmp_path, [hanging, late], budget=60)
+    hanging, late = Part(f"{__name__}:hangs", 1), Part("tokenmill.bench.ops:ceilings", 60)
+    first = Part(f"{__name__}:waits", 60)  # imports this file, which takes its time
+    status, report = run(tmp_path, [first, hanging, late], budget=120)
     assert status == 1
-    assert "ended after 2 s" in report["parts"][hanging.function]["error"]
+    assert "ended after 1 s" in report["parts"][hanging.function]["error"]
     assert report["parts"][late.function]["status"] == "done"
     assert "in hangs" in (tmp_path / "gpu.log").read_text()
 
@@ -73,6 +86,30 @@ def test_a_hanging_part_is_ended_and_a_spent_budget_said(tmp_path):
     assert report["parts"][late.function] == {"status": "not measured", "reason": "the budget of 0 s was spent"}
     assert status == 0
     assert run(tmp_path, [Part(late.function, 60, check=True)], budget=0)[0] == 1
+
+
+def test_a_process_that_died_between_parts_costs_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_summary", lambda *_: time.sleep(1))  # after each part
+    parts = [Part(f"{__name__}:dies_later", 60), Part(f"{__name__}:waits", 60)]
+    status, report = run(tmp_path, parts)
+    assert [result["status"] for result in report["parts"].values()] == ["done", "done"]
+    assert status == 0
+
+
+def test_a_process_that_cannot_be_spoken_to_is_a_failed_part(tmp_path):
+    worker = gpu._Worker(tmp_path, True)
+    worker.process.kill()
+    worker.process.join()
+    assert "exit code -9" in worker.run("tokenmill.bench.gpu:machine", 10)["error"]
+
+
+def test_an_unknown_part_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu", f"--output={tmp_path}", "--rehearse", "--only", "attention"])
+    with pytest.raises(SystemExit) as left:
+        gpu._main()
+    assert left.value.code == 2
+    assert "--only: no part attention; the parts are checks:noise" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_check_that_does_not_hold_shows_in_the_exit_status(tmp_path):
@@ -95,6 +132,18 @@ def test_operations_hold(place, name):
     rows = getattr(checks, name)(place)
     assert all(row["held"] is not False for row in rows)
     assert any(row["held"] for row in rows)
+
+
+def test_a_wrong_optimizer_does_not_hold(place, monkeypatch):
+    right = checks.adamw_
+
+    def wrong(*tensors: torch.Tensor, backend: Any, **options: Any) -> None:
+        right(*tensors, backend=backend, **options)
+        if backend == "triton":
+            tensors[0][0] += 1
+
+    monkeypatch.setattr(checks, "adamw_", wrong)
+    assert not any(row["held"] for row in checks.optimizer(place))
 
 
 def test_a_wrong_operation_does_not_hold():

@@ -3,19 +3,22 @@
 import json
 import pickle
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 
+from tokenmill.trainer import checkpoint
 from tokenmill.trainer.checkpoint import (
     MANIFEST,
     latest_checkpoint,
     load_model,
     load_training,
-    read_manifest,
+    newer_checkpoints,
     save_checkpoint,
     save_step,
+    verify,
 )
 from tokenmill.trainer.config import OptimizerSection
 from tokenmill.trainer.distributed import World
@@ -39,10 +42,10 @@ def job():
     return model, optimizer, TrainState(3, 1000, 1, data, torch.rand(2, 3))
 
 
-def save(run, job, step, keep=5):
+def save(run, job, step, keep=5, passed_over=()):
     model, optimizer, state = job
     state.step = step
-    return save_step(run, keep, model, World(), optimizer=optimizer, state=state)
+    return save_step(run, keep, model, World(), passed_over=passed_over, optimizer=optimizer, state=state)
 
 
 def test_everything_comes_back_bit_by_bit(job, tmp_path):
@@ -69,6 +72,68 @@ def test_only_the_last_are_kept(job, tmp_path):
     for step in (1, 2, 10, 11):
         save(tmp_path, job, step, keep=2)
     assert [f.name for f in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000010", "step-00000011"]
+
+
+def test_what_was_passed_over_does_not_count_and_goes(job, tmp_path):
+    folders = [save(tmp_path, job, step) for step in (1, 2, 5, 7)]
+    for bad in folders[2:]:
+        flip(bad)
+    with pytest.warns(UserWarning, match="step-0000000[57].*passing over"):
+        newest = latest_checkpoint(tmp_path)
+    assert newest == folders[1]
+    passed_over = newer_checkpoints(tmp_path, newest)
+    assert passed_over == folders[2:]
+    save(tmp_path, job, 6, keep=2, passed_over=passed_over)
+    assert [f.name for f in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000002", "step-00000006"]
+
+
+@dataclass(frozen=True)
+class OneOfTwo(World):
+    """Rank 0 of two, of which the other is not there: `finds` says in which turns it would have found damage."""
+
+    size: int = 2
+    finds: list[bool] = field(default_factory=list)
+
+    def sum(self, values):
+        return values
+
+    def any(self, flag):
+        return flag or self.finds.pop(0)
+
+
+def test_ranks_read_their_shares_and_choose_together(job, tmp_path, monkeypatch):
+    folders = [save(tmp_path, job, step) for step in (1, 2, 3)]
+    read = []
+    crc32 = checkpoint._crc32
+    monkeypatch.setattr(checkpoint, "_crc32", lambda file: read.append(file) or crc32(file))
+    with pytest.warns(UserWarning, match="step-00000003: damaged, as another rank has found; passing over"):
+        assert latest_checkpoint(tmp_path, OneOfTwo(finds=[True, False])) == folders[1]
+    assert read == [folder / "model-00000.safetensors" for folder in (folders[2], folders[1])]
+    flip(folders[2])
+    with pytest.warns(UserWarning, match="step-00000003/model-00000.safetensors: damaged.*passing over"):
+        assert latest_checkpoint(tmp_path, OneOfTwo(finds=[False])) == folders[1]
+    monkeypatch.setattr(checkpoint, "_crc32", lambda file: (tmp_path / "a read error").read_bytes())
+    with pytest.warns(UserWarning, match="a read error.*passing over"):
+        assert latest_checkpoint(tmp_path) is None
+
+
+def test_counts_of_steps_lie_where_the_optimizer_wants_them(job, tmp_path):
+    """torch's fused one beside the parameter, which a CPU alone does not tell from the host."""
+    folder = save(tmp_path, job, 3)
+    with torch.device("meta"):
+        model = Transformer(CONFIG)
+    for fused, device in ((True, "meta"), (False, "cpu")):
+        optimizer = torch.optim.SGD(model.parameters())
+        optimizer.defaults["fused"] = fused
+        load_training(folder, model, optimizer)
+        assert {state["step"].device.type for state in optimizer.state.values()} == {device}
+        assert {state["exp_avg"].device.type for state in optimizer.state.values()} == {"meta"}
+
+
+def test_a_folder_that_is_not_shared_is_named(job, tmp_path):
+    """The second rank does not see the folder that the first has made."""
+    with pytest.raises(OSError, match=r"model-00001.safetensors: cannot be written .* that all nodes share"):
+        save_checkpoint(tmp_path / "there", job[0], World(rank=1))
 
 
 def cut(folder):
@@ -147,7 +212,7 @@ def test_names_in_a_manifest_do_not_lead_out_of_the_folder(job, tmp_path):
     manifest["files"]["../../secret"] = {"bytes": 1, "crc32": 0}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="secret is missing"):
-        read_manifest(folder)
+        verify(folder)
 
 
 def test_an_imported_model_has_no_training_to_resume(job, tmp_path):

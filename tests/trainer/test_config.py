@@ -16,6 +16,9 @@ optimizer = { learning_rate = 1e-3, betas = [0.9, 0.99] }
 """
 
 
+NEW = "dim=8, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, hidden_dim=8, vocab_size=9"
+
+
 def load(tmp_path, *overrides, text=RECIPE):
     path = tmp_path / "recipe.toml"
     path.write_text(text)
@@ -46,6 +49,14 @@ def test_values_defaults_and_overrides(tmp_path):
         ("--train.steps=true", "train.steps: expected an integer"),
         ("--train.steps=0", "train.steps: expected a positive number"),
         ("--train.epochs=1", "train: expected exactly one of steps, tokens and epochs"),
+        ("--optimizer.eps=-1", "optimizer.eps: expected > 0, got -1.0"),
+        ("--optimizer.betas=[0.9, 1.0]", "optimizer.betas: expected two numbers from 0 to below 1"),
+        ("--optimizer.weight_decay=-0.1", "optimizer.weight_decay: expected 0 or more"),
+        ("--data.validation_tokens=0", "data.validation_tokens: expected a positive integer"),
+        (
+            f"--model.new={{{NEW}}}",
+            "model: .*either model.path or model.new, not both, got 'model.path and model.new'$",
+        ),
         ("--objective=dpo", "objective: expected 'pretrain' or 'sft'"),
         ("--objective=pretrain", None),
         ("--schedule.kind=linear", "schedule.kind: expected 'cosine' or 'wsd' or 'constant'"),
@@ -78,7 +89,7 @@ def test_files_that_cannot_be_read(tmp_path):
         load(tmp_path, text="objective = ")
     with pytest.raises(ConfigError, match="key output is missing"):
         load(tmp_path, text=RECIPE.replace('output = "runs/x"', ""))
-    with pytest.raises(ConfigError, match="either path or"):
+    with pytest.raises(ConfigError, match="either model.path or model.new"):
         load(tmp_path, text=RECIPE.replace('model.path = "somewhere"', "model = {}"))
 
 

@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
+from tokenmill.trainer import distributed
 from tokenmill.trainer.checkpoint import load_model
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
@@ -96,9 +98,38 @@ def test_a_signal_writes_a_checkpoint_and_leaves(recipe, tmp_path, number):
     options = (f"--output={tmp_path / 'run'}", "--train.checkpoint_every=100", "--train.steps=300")
     process = start(recipe, 1, *options)
     output = stop_at(process, 2, number)
-    assert process.returncode == 0, output
+    assert process.returncode == 75, output
     assert "on request, checkpoint written" in output
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+STOP_ONE = """
+import os, signal, sys
+from tokenmill.trainer import loop, metrics
+from tokenmill.trainer.config import load_recipe
+
+report = metrics.MetricsLog.step
+
+def then_a_signal(self, record):
+    report(self, record)
+    if record.step == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+metrics.MetricsLog.step = then_a_signal
+loop.train(load_recipe(sys.argv[1], sys.argv[2:]))
+"""
+
+
+def test_a_signal_to_one_rank_between_two_steps_stops_all_together(recipe, tmp_path):
+    (tmp_path / "stop_one.py").write_text(STOP_ONE)
+    options = (f"--output={tmp_path / 'run'}", "--train.checkpoint_every=100")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, str(tmp_path / "stop_one.py"), str(recipe), *options]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert "stopped at step 4 of 12 on request, checkpoint written" in done.stdout
+    assert done.returncode == 1  # torchrun's own: the work is not done
+    assert "exitcode  : 75" in done.stderr
+    assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
 
 
 def test_an_error_is_one_line_that_names_its_rank(recipe, tmp_path):
@@ -111,6 +142,24 @@ def test_an_error_is_one_line_that_names_its_rank(recipe, tmp_path):
     assert len({*ranks}) == len(ranks)
     assert {*ranks} <= {"rank 0:", "rank 1:"}
     assert all("vocabulary only 8" in line for line in lines)
+
+
+def test_after_an_error_no_rank_waits_for_the_others(monkeypatch):
+    options, left = {}, []
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda **given: options.update(given))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: left.append("cleanly"))
+    monkeypatch.setattr(distributed, "init_device_mesh", lambda *_, **__: None)
+    monkeypatch.setenv("RANK", "1")
+    for size, expected in ((2, []), (1, ["cleanly"])):
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        with pytest.raises(RuntimeError) as error, distributed.join("cpu", sharded=True):
+            raise RuntimeError("out of memory")
+        assert error.value.__notes__ == [f"on rank 1 of {size}"]
+        assert left == expected
+    with distributed.join("cpu", sharded=True):
+        pass
+    assert left == ["cleanly"] * 2
+    assert options["timeout"] >= timedelta(hours=1)
 
 
 def test_bf16_mixed_trains_close_to_fp32(recipe, tmp_path):

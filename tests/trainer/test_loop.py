@@ -10,12 +10,13 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils import deterministic
 
-from tokenmill.trainer import loop
+from tokenmill.trainer import checkpoint, loop
 from tokenmill.trainer.checkpoint import latest_checkpoint, load_model
 from tokenmill.trainer.distributed import World
 from tokenmill.trainer.model import Transformer
@@ -110,6 +111,63 @@ def test_killed_at_ten_random_moments_is_bitwise_the_same(make_recipe, tmp_path)
         assert torch.equal(a, b), name
 
 
+def test_a_signal_that_comes_while_the_device_works_is_not_lost(make_recipe, monkeypatch):
+    """After the flags were summed, as nearly any does on a GPU: it counts in the next step."""
+    summed = loop.Trainer._sum_over_ranks
+
+    def then_a_signal(self, *arguments):
+        sums = summed(self, *arguments)
+        if self.state.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return sums
+
+    monkeypatch.setattr(loop.Trainer, "_sum_over_ranks", then_a_signal)
+    recipe = make_recipe("--train.checkpoint_every=100")
+    with pytest.raises(SystemExit) as left:
+        loop.train(recipe)
+    assert left.value.code == 75
+    assert [f.name for f in (Path(recipe.output) / "checkpoints").iterdir()] == ["step-00000004"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_checkpoint_is_read_no_more_than_once(make_recipe, tmp_path, monkeypatch):
+    read = []
+    crc32 = checkpoint._crc32
+    monkeypatch.setattr(checkpoint, "_crc32", lambda file: read.append(file.name) or crc32(file))
+    files = ["model-00000.safetensors", "optimizer-00000.safetensors", "tokenizer.model"]
+    loop.train(make_recipe("--train.steps=2"))
+    assert sorted(read) == files  # when it was written
+    for overrides in (["--train.steps=2"], [f"--output={tmp_path / 'tuned'}", "--train.steps=2"]):
+        read.clear()
+        recipe = make_recipe(*overrides)
+        if overrides[1:]:  # begins from the first run's
+            recipe = replace(recipe, model=replace(recipe.model, new=None, path=str(tmp_path / "run")))
+        Trainer(recipe).log.close()
+        assert sorted(read) == files
+
+
+def test_another_precision_under_a_checkpoint_is_refused(make_recipe, tmp_path):
+    for first, second in (("bf16", "fp32"), ("fp32", "bf16")):
+        options = ["--train.steps=1", f"--output={tmp_path / first}"]
+        Trainer(make_recipe(*options, f"--train.precision={first}")).train()
+        with pytest.raises(ValueError, match=rf"step-00000001: was written with train.precision = {first}.*model.path"):
+            Trainer(make_recipe(*options, f"--train.precision={second}"))
+
+
+def test_what_a_resume_passed_over_goes_with_its_first_checkpoint(make_recipe):
+    every = ["--train.steps=9", "--train.validate_every=100"]
+    Trainer(make_recipe(*every[1:], "--train.steps=6", "--train.checkpoint_every=2")).train()
+    folder = Path(make_recipe().output) / "checkpoints"
+    (folder / "step-00000006" / "model-00000.safetensors").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="step-00000006.*passing over"):
+        trainer = Trainer(make_recipe(*every, "--train.checkpoint_every=1", "--train.keep_checkpoints=1"))
+    names = []
+    save = trainer.save
+    trainer.save = lambda: (save(), names.append([f.name for f in folder.iterdir()]))[0]
+    trainer.train()
+    assert names == [[f"step-0000000{step}"] for step in (5, 6, 7, 8, 9)]
+
+
 def test_a_deterministic_run_asks_for_it_while_it_lasts(make_recipe, monkeypatch):
     recipe = make_recipe("--train.deterministic=true", "--train.steps=1")
     seen = []
@@ -120,7 +178,8 @@ def test_a_deterministic_run_asks_for_it_while_it_lasts(make_recipe, monkeypatch
     loop.train(recipe)
     assert seen == [True]
     assert not torch.are_deterministic_algorithms_enabled()
-    assert deterministic.fill_uninitialized_memory
+    memory: Any = deterministic
+    assert memory.fill_uninitialized_memory
 
 
 def test_a_finished_run_is_left_as_it_is(make_recipe):

@@ -1,6 +1,8 @@
 """What a step is said to cost, against torch's own count and a dense mask."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenmill.data.batch import Batch
 from tokenmill.trainer.config import LogSection
-from tokenmill.trainer.metrics import MetricsLog, StepRecord, exact_flops, flatten
+from tokenmill.trainer.metrics import MetricsLog, StepRecord, exact_flops, flatten, named_peak_flops
 from tokenmill.trainer.model import ModelConfig, Transformer
 from tokenmill.trainer.model.config import attended_pairs
 
@@ -37,6 +39,65 @@ def test_every_number_of_a_record_has_a_name():
     record = {"loss": 2, "mfu": None, "expert_load": [[0.25, 0.75]], "validation": {"notes": 1.5}}
     expected = {"loss": 2.0, "expert_load/0/0": 0.25, "expert_load/0/1": 0.75, "validation/notes": 1.5}
     assert flatten(record) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_peaks_are_told_apart(name, peak):
+    assert named_peak_flops(name) == peak
+
+
+def test_what_is_not_finite_is_null_in_the_json_lines(tmp_path, capsys):
+    log = MetricsLog(tmp_path, 0, 2, "lines", LogSection())
+    nan, infinity = float("nan"), float("inf")
+    log.step(StepRecord(1, 10, nan, 1.0, infinity, 1e-3, 100.0, 0.1, None, None, 0.0, 0.5, 1, [[0.5, nan]]))
+    log.validation(1, 10, {"notes": nan, "talks": 2.0})
+    log.close()
+
+    def not_json(text):
+        raise AssertionError(text)
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    step, validation = (json.loads(line, parse_constant=not_json) for line in lines)
+    assert (step["loss"], step["grad_norm"], step["expert_load"], step["lr"]) == (None, None, [[0.5, None]], 1e-3)
+    assert validation["validation"] == {"notes": None, "talks": 2.0}
+    assert "loss nan" in capsys.readouterr().out
+
+
+def test_a_wandb_run_is_one_run_until_it_begins_afresh(tmp_path, monkeypatch):
+    begun = []
+    run = SimpleNamespace(log=lambda scalars, step: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: begun.append(options) or run))
+    for folder, step in (("a/run", 0), ("a/run", 5), ("b/run", 0), ("a/run", 0)):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        MetricsLog(tmp_path / folder, step, 9, "lines", LogSection(wandb="project")).close()
+    first, resumed, elsewhere, again = [options["id"] for options in begun]
+    assert first == resumed
+    assert len({first, elsewhere, again}) == 3
+
+
+@pytest.mark.parametrize(("key", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard.writer")])
+def test_a_missing_package_is_named_with_its_cure(tmp_path, monkeypatch, key, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    section = LogSection(wandb="project") if key == "wandb" else LogSection(tensorboard=True)
+    with pytest.raises(ImportError, match=rf"log.{key}: .*{module}.*pip install 'tokenmill\[log\]'"):
+        MetricsLog(tmp_path, 0, 2, "lines", section)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

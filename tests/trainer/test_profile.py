@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tokenmill.data.loader import Loader
-from tokenmill.trainer.profile import KINDS, TOLERANCE, profile
+from tokenmill.trainer.profile import KINDS, TOLERANCE, KindRow, Profile, profile, table
 from tokenmill.trainer.trace import SCOPE, WINDOW, Gemm, account
 
 STEPS, MICRO_BATCHES, LAYERS = 3, 2, 2  # the last two are the tiny recipe's
@@ -49,6 +49,23 @@ def test_profile_of_a_recipe(make_recipe, tmp_path):
         assert sum(row["peak_mib"] for row in found["kinds"] if row["kind"] == kind) > 0
 
 
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_what_is_computed_again_counts_where_it_belongs(make_recipe, tmp_path, mode):
+    """Recomputation ends in the midst of a module, by an exception, and runs under a mode that sees every operator."""
+    text = profile(make_recipe(f"--train.recompute={mode}"), tmp_path / "profile", steps=2, warmup=1)
+    found = json.loads((tmp_path / "profile" / "profile.json").read_text())
+    times = {row["kind"]: row["ms"] for row in found["kinds"]}
+    assert all(ms > 0 for kind, ms in times.items() if kind != "communication")
+    assert sum(times.values()) == pytest.approx(found["step_ms"], rel=TOLERANCE)
+    assert "do not trust" not in text
+    rows = [(Gemm(**row["gemm"]), row["calls"]) for row in found["gemms"]]
+    # Of qkv, 32 -> 64: forward, again if nothing of a block is kept, the gradient of its input.
+    assert sum(c for g, c in rows if (g.n, g.k) == (64, 32)) == 2 * MICRO_BATCHES * LAYERS * (1 + (mode == "full"))
+    assert {g.kind for g, _ in rows if (g.n, g.k) == (64, 32)} == {"gemm"}
+    assert {g.kind for g, _ in rows if 320 in (g.m, g.n, g.k)} == {"loss"}
+    assert times["optimizer"] < 0.5 * times["experts"]  # nothing lingers beyond the backward pass
+
+
 def test_communication_of_a_sharded_model(make_recipe, tmp_path):
     """One process, but FSDP all the same: its copies and collectives, which a model that is not sharded lacks."""
     profile(make_recipe("--device=cpu"), tmp_path / "whole", steps=2, warmup=1)
@@ -60,7 +77,7 @@ def test_communication_of_a_sharded_model(make_recipe, tmp_path):
         assert sum(times.values()) == pytest.approx(found["step_ms"], rel=TOLERANCE)
         share[name] = times["communication"] / found["step_ms"]
     assert share["whole"] < 0.02
-    assert share["sharded"] > 0.05
+    assert share["sharded"] > 10 * share["whole"]
 
 
 @pytest.mark.slow
@@ -143,6 +160,21 @@ def test_account_of_a_cpu():
     assert found.gemm_calls == {Gemm("gemm", 5, 4, 3): 2, Gemm("other", 5, 4, 3): 1}
 
 
+def test_a_scope_that_outlives_the_operator_in_which_it_was_opened():
+    events = [
+        host(WINDOW, 0, 100, cat="user_annotation"),
+        scope("experts", 10, 90),
+        host("PythonDispatchMode", 20, 30),
+        host("aten::add", 21, 24),
+        scope("attention", 26, 60),
+        host("aten::mul", 28, 29),
+        host("aten::mul", 40, 50),
+        host("aten::add", 70, 80),
+    ]
+    found = account(dict(traceEvents=events), "cpu")
+    assert found.times == dict(experts=6_000 + 10_000, attention=11_000, idle=73_000)
+
+
 def test_account_of_a_gpu():
     """Its kernels run after their launches, on two streams; a backward operator is launched by another thread."""
 
@@ -173,6 +205,12 @@ def test_account_of_a_gpu():
     assert found.times == dict(gemm=25_000, communication=15_000, other=5_000, idle=55_000)
     assert found.gemm_times == {Gemm("gemm", 5, 4, 3): 10_000, Gemm("gemm", 4, 8, 6, batch=2): 15_000}
     assert Gemm("gemm", 4, 8, 6, batch=2).flops == 2 * 2 * 4 * 8 * 6
+
+
+def test_a_table_with_less_than_nothing_says_so():
+    rows = [KindRow(kind, -1.0 if kind == "experts" else 1.0, 0.0) for kind in KINDS]
+    said = table(Profile("cpu", "2", 1, 1, 11.0, 11.0, 0.0, 11.0, rows, [], []))
+    assert "less than nothing for experts: do not trust this table" in said
 
 
 def test_peak_is_of_what_lives_together():

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import tokenmill.kernels.moe  # noqa: F401  registers tokenmill::moe_experts
+
 Recompute = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
@@ -24,7 +26,11 @@ _COSTLY = _CHOICE | {
     _aten.mm.default,
     _aten._grouped_mm.default,
     _aten._flash_attention_forward.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.tokenmill.moe_experts.default,
 }
 
 
