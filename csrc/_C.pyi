@@ -1,6 +1,6 @@
 """tokenmill's host core (csrc/). Bad input raises ValueError; a type or integer range that does not fit, TypeError."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,6 +36,26 @@ class Mixture:
     def draw(self, start: int, count: int) -> tuple[NDArray[np.uint16], NDArray[np.uint64]]:
         """Samples `start` to `start + count`: the source of each (count,) uint16, and how many samples of that source
         came before it (count,) uint64. A pure function of its arguments; going on from the last call is the cheap way.
+        """
+
+class PieceCache:
+    """An exact cache in front of a tokenizer whose ids of a text are those of its parts: texts are cut between any two
+    bytes that no piece holds side by side. Calls from several threads take turns, without the GIL."""
+
+    def __init__(self, joins: NDArray[np.uint8], adds_space: bool, limit: int = 1 << 27) -> None:
+        """`joins` (256, 256): not 0 where some piece may hold the first byte before the second. `adds_space`: each text
+        that is not empty is encoded behind a space. At most about `limit` bytes are kept."""
+
+    def __len__(self) -> int:
+        """How many parts are cached."""
+
+    def encode(
+        self, texts: list[str], encode_words: Callable[[list[bytes]], list[list[int]]]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The ids of texts laid end to end, (T,) int32, and where each begins, (N + 1,) int64.
+
+        `encode_words` is asked once at most, for the ids of parts that are not cached. Raises UnicodeEncodeError where
+        a text holds half of a surrogate pair.
         """
 
 def assemble(

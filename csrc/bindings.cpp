@@ -8,6 +8,7 @@
 #include "packing.hpp"
 #include "permutation.hpp"
 #include "philox.hpp"
+#include "piece_cache.hpp"
 
 namespace py = pybind11;
 using namespace tokenmill;
@@ -108,10 +109,51 @@ py::tuple make_batch(const std::vector<py::array>& tokens, const std::vector<Arr
   return py::make_tuple(out_tokens, targets, weights, positions, cu_seqlens);
 }
 
+py::tuple encode_texts(PieceCache& cache, const py::list& list, const py::function& encode_words) {
+  const py::tuple texts(list);  // of our own: it holds the texts where another thread changes the list
+  std::vector<std::string_view> views;
+  for (const py::handle text : texts) {
+    if (!PyUnicode_Check(text.ptr()))
+      throw py::type_error("texts[" + std::to_string(views.size()) + "] is a " + Py_TYPE(text.ptr())->tp_name +
+                           ", expected a str");
+    py::ssize_t size = 0;
+    const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+    if (!data) throw py::error_already_set();
+    views.emplace_back(data, static_cast<std::size_t>(size));
+  }
+  py::array_t<std::int64_t> offsets(static_cast<py::ssize_t>(views.size() + 1));
+  std::int64_t* offset_data = offsets.mutable_data();
+  py::array_t<std::int32_t> ids;
+  {
+    py::gil_scoped_release release;
+    const std::lock_guard lock(cache.mutex());  // always taken without the GIL, so waiting for it inside is safe
+    PieceCache::Words found = cache.find(views);
+    if (!found.missing.empty()) {
+      std::vector<std::vector<std::int32_t>> encoded;
+      {
+        py::gil_scoped_acquire acquire;
+        py::list words;
+        for (const std::string_view word : found.missing) words.append(py::bytes(word));
+        encoded = encode_words(words).cast<std::vector<std::vector<std::int32_t>>>();
+      }
+      cache.fill(found, std::move(encoded));
+    }
+    cache.count(found, offset_data);
+    std::int32_t* data = nullptr;
+    {
+      py::gil_scoped_acquire acquire;
+      ids = py::array_t<std::int32_t>(offset_data[views.size()]);
+      data = ids.mutable_data();
+    }
+    cache.write(found, data);
+  }
+  return py::make_tuple(ids, offsets);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "tokenmill's host core: random numbers, the order of samples, packing, mixing and batches.";
+  m.doc() = "tokenmill's host core: random numbers, the order of samples, packing, mixing, batches and encoding.";
 
   m.def("philox", &philox, py::arg("counter"), py::arg("key"));
   m.def("neftune_uniform", &make_neftune_uniform, py::arg("seed"), py::arg("step"), py::arg("document_id"),
@@ -132,6 +174,14 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::arg("weights"))
       .def("draw", &draw, py::arg("start"), py::arg("count"));
+
+  py::class_<PieceCache>(m, "PieceCache")
+      .def(py::init([](const Array<std::uint8_t>& joins, bool adds_space, std::size_t limit) {
+             return std::make_unique<PieceCache>(view(joins), adds_space, limit);
+           }),
+           py::arg("joins").noconvert(), py::arg("adds_space"), py::arg("limit") = std::size_t{1} << 27)
+      .def("__len__", &PieceCache::size)
+      .def("encode", &encode_texts, py::arg("texts"), py::arg("encode_words"));
 
   m.def("assemble", &make_batch, py::arg("tokens"), py::arg("silent"), py::arg("shard"), py::arg("start"),
         py::arg("length"));
