@@ -96,14 +96,14 @@ def _stream(folder: Path, vocab: int, documents: int | None) -> Path:
 
 def _recipe(place: Place, folder: Path, stream: Path, shape: dict[str, Any]) -> Recipe:
     wide = dict(dim=256, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=704, vocab_size=2000)
-    tiny = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=400)
+    tiny = dict(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=400)
     raw: dict[str, Any] = {
         "objective": "pretrain",
         "output": str(folder / "run"),
         "model": {"new": (tiny if place.small else wide) | shape},
         "data": {
             "sources": [{"stream": str(stream)}],
-            "sequence_length": 64 if place.small else 1024,
+            "sequence_length": 32 if place.small else 1024,
             "packs_per_step": 1 if place.small else 4,
             "packs_per_micro_batch": 1 if place.small else 2,
         },
@@ -133,10 +133,10 @@ def step(place: Place) -> list[Row]:
     shape: dict[str, Any] = dict(dim=4096, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, vocab_size=32000)
     if place.small:
         shape = dict(dim=32, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=100)
-    length = 64 if place.small else 8192
+    length, layers = (16, 1) if place.small else (8192, 4)
     window = length // 2
     return [
-        _step(place, "Mistral-7B", ModelConfig(**shape, n_layers=4, sliding_window=window), length),
+        _step(place, "Mistral-7B", ModelConfig(**shape, n_layers=layers, sliding_window=window), length),
         _step(place, "Mixtral-8x7B", ModelConfig(**shape, n_layers=1, rope_theta=1e6, moe=MoEConfig(8)), length),
     ]
 
