@@ -1,28 +1,44 @@
-"""Text files to a token stream, and a page on what a stream holds.
+"""Text files to a token stream.
 
-Inputs are read line by line: `.txt` (a file is a document), `.jsonl` and `.jsonl.gz` (a row is a document). A row is
-plain text (`{"text": ...}`), an Alpaca row (`{"instruction", "input", "output"}`) or a conversation
-(`{"messages": [...]}`); the last two carry loss on the answers only.
+The inputs are cut into chunks of whole documents, in order (data/documents.py); other processes encode chunks
+(data/encode.py); this one takes them in order, leaves out what repeats an earlier document, and writes. So the stream
+is the same for any number of processes. Where the work was stopped, it goes on after the last shard that was finished.
 """
 
 from __future__ import annotations
 
-import gzip
+import hashlib
 import json
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tokenmill.data.chat import Message, alpaca_messages, parse, render
-from tokenmill.data.errors import DataError
-from tokenmill.data.stream import StreamWriter, TokenStream
+from tokenmill.data.decontaminate import Evaluations
+from tokenmill.data.dedupe import Dedupe, SeenKeys
+from tokenmill.data.documents import PIECE, Input, Piece, find_inputs, pieces
+from tokenmill.data.encode import Encoded, Encoder, encode
+from tokenmill.data.report import EXAMPLES, Report
+from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer
+from tokenmill.data.writer import StreamWriter
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
+VERSION = 1  # of how documents are made and compared: work of another version is begun anew
+COLUMNS = ("messages", "instruction", "input", "output")  # that a row may have beside its text
+EXCERPT = 40  # tokens of a duplicate that is shown
+
+
+class Place(NamedTuple):
+    """Where in the inputs a chunk ends."""
+
+    input: int
+    pieces: int  # of that input that are done
+    bytes: int  # of all inputs that are done
 
 
 def prepare(
@@ -31,161 +47,125 @@ def prepare(
     output: str | Path,
     *,
     text_key: str = "text",
-    source: str | None = None,
+    source_key: str | None = None,
     template: str = "auto",
+    dedupe: Dedupe | None = None,
+    decontaminate: Sequence[str | Path] = (),
     overwrite: bool = False,
+    append: bool = False,
+    workers: int = 1,
+    shard_tokens: int = 1 << 26,
     progress: bool = True,
 ) -> TokenStream:
-    """Tokenise files into the stream `output`, a folder that appears whole or not at all.
+    """Tokenise files, folders or patterns (see `find_inputs`) into the stream `output`, a folder that appears whole or
+    not at all; with `append`, into new shards of the stream that is there.
 
     A plain document is BOS, its text, EOS; a conversation is rendered with `template` (data/chat.py). Documents keep
-    the order of the inputs. `source` names where they came from, each file's own name without its suffix if None.
+    the order of the inputs. `source_key` is the field of a row that names its source; None takes the name of the input.
+    `dedupe` leaves out what repeats an earlier document of these inputs (data/dedupe.py), `decontaminate` what shares
+    text with evaluation files (data/decontaminate.py); the stream's report (data/report.py) counts both.
 
-    Raises DataError naming file, line and key where an input cannot be used; nothing is skipped in silence.
+    Called again after it was killed, with the same arguments and inputs, it goes on after the last finished shard.
+
+    Raises DataError naming file, line and key where an input cannot be used; nothing else is skipped.
     """
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.open(tokenizer)
-    paths = _paths(inputs)
-    size = sum(path.stat().st_size for path in paths)
+    files, evaluation_files = find_inputs(inputs), find_inputs(decontaminate) if decontaminate else []
+    evaluations = None
+    if evaluation_files:
+        evaluations = Evaluations(evaluation_files)
+        print(
+            f"decontaminate: {evaluations.texts:,} texts are looked for; {evaluations.too_short:,} have too few words",
+            file=sys.stderr,
+        )
+    encoder = Encoder(tokenizer, text_key, source_key, template, dedupe, evaluations)
+    arguments = [VERSION, tokenizer.name, tokenizer.sha256, text_key, source_key, template, dedupe, shard_tokens]
+    seen = SeenKeys()
+    report = Report()
+    place = Place(0, 0, 0)
+
+    new_keys: list[bytes] = []  # of documents written since the last checkpoint
+
+    def checkpoint() -> dict[str, Any]:
+        with (writer.partial / "keys").open("ab") as file:
+            file.writelines(new_keys)
+            file.flush()
+            os.fsync(file.fileno())
+            new_keys.clear()
+            return {"place": place, "keys": file.tell(), "report": report.asdict()}
+
+    writer = StreamWriter(
+        output,
+        tokenizer,
+        overwrite=overwrite,
+        append=append,
+        shard_tokens=shard_tokens,
+        job=_job(arguments, [*files, *evaluation_files]),
+        checkpoint=checkpoint,
+    )
+    total = sum(file.size for file in files)
     with (
-        StreamWriter(output, tokenizer, overwrite=overwrite) as writer,
-        tqdm(total=size, unit="B", unit_scale=True, desc="prepare", disable=not progress) as bar,
+        writer,
+        tqdm(total=total, unit="B", unit_scale=True, desc="prepare", disable=not progress) as bar,
     ):
-        for path in paths:
-            name = source or path.name.removesuffix(_suffix(path) or "")
-            with path.open("rb") as file:
-                done = 0
-                for where, row in _rows(path, file, text_key):
-                    try:
-                        ids, mask = _encode(row, tokenizer, text_key, template)
-                        writer.add(ids, mask, source=name)
-                    except DataError as error:
-                        raise DataError(f"{where}: {error}") from None
-                    bar.update(file.tell() - done)
-                    done = file.tell()
+        if writer.state is not None:
+            place, report = Place(*writer.state["place"]), Report.load(writer.state["report"])
+            os.truncate(writer.partial / "keys", writer.state["keys"])
+            seen.add(np.fromfile(writer.partial / "keys", np.uint64))
+            bar.update(place.bytes)
+            print(f"{output}: going on after {place.bytes:,} of {total:,} bytes", file=sys.stderr)
+        chunks = iter(()) if writer.done else _chunks(files, place, [text_key, source_key or text_key, *COLUMNS])
+        for place, encoded in encode(chunks, encoder, min(workers, total // PIECE + 1)):
+            for source, *example in encoded.contaminated:
+                report.contaminated[source] += 1
+                report.contaminated_examples += [example][: EXAMPLES - len(report.contaminated_examples)]
+            new = np.ones(len(encoded.sizes), np.bool_)
+            if encoded.keys is not None:
+                new = seen.first(encoded.keys)
+                new_keys.append(encoded.keys[new].tobytes())
+                _count_duplicates(report, encoded, ~new, tokenizer)
+            documents = encoded.documents.kept(new)
+            sizes = np.bincount(documents.source_ids, encoded.sizes[new], len(documents.sources))
+            report.bytes.update(dict(zip(documents.sources, map(int, sizes), strict=True)))
+            writer.add_documents(documents)
+            bar.update(place.bytes - bar.n)
+        writer.report = report.asdict()
     return TokenStream.open(output)
 
 
-def read_texts(inputs: Sequence[str | Path], text_key: str = "text") -> Iterator[str]:
-    """Every text in the inputs, conversations a message each: what a tokenizer is trained on.
-
-    Raises DataError as `prepare` does.
-    """
-    for path in _paths(inputs):
-        with path.open("rb") as file:
-            for where, row in _rows(path, file, text_key):
-                try:
-                    content = _content(row, text_key)
-                    system, turns = (content, []) if isinstance(content, str) else parse(content)
-                except DataError as error:
-                    raise DataError(f"{where}: {error}") from None
-                yield from filter(None, (system, *(turn["content"] for turn in turns)))
+def _job(arguments: Sequence[Any], files: Sequence[Input]) -> str:
+    """Names a piece of work: another text where an argument or a file is another."""
+    stats = [(str(file.path), file.source, file.size, file.path.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([arguments, stats]).encode()).hexdigest()
 
 
-def inspect(folder: str | Path) -> str:
-    """What a stream holds, as text to print: counts, tokenizer, sources, lengths, and the beginning of a document."""
-    stream = TokenStream.open(folder)
-    documents = len(stream)
-    loss = int(stream.loss_tokens(np.arange(documents), np.zeros(documents, np.int64), stream.lengths).sum())
-    lines = [
-        f"token stream  {stream.folder}",
-        f"fingerprint   {stream.fingerprint}",
-        f"documents     {documents:,}",
-        f"tokens        {stream.tokens:,} ({loss / stream.tokens:.1%} with loss)",
-        f"vocabulary    {stream.vocab_size:,} ({stream.shards[0].tokens.dtype})",
-        f"tokenizer     {stream.tokenizer_name} (BOS {stream.bos_id}, EOS {stream.eos_id}, "
-        f"sha256 {stream.tokenizer_sha256[:16]})",
-        "sources",
-    ]
-    for i, name in enumerate(stream.sources):
-        of_source = stream.source_ids == i
-        lines.append(f"  {name}: {of_source.sum():,} documents, {stream.lengths[of_source].sum():,} tokens")
-    lines.append(
-        f"lengths       {stream.lengths.min():,} to {stream.lengths.max():,}, "
-        f"median {int(np.median(stream.lengths)):,}, mean {stream.lengths.mean():,.1f}"
-    )
-    exponents = np.frexp(stream.lengths - 1)[1]  # lengths above 2**(e - 1), up to 2**e
-    counts = np.bincount(exponents)
-    for exponent in range(exponents.min(), len(counts)):
-        bar = "#" * int(np.ceil(40 * counts[exponent] / counts.max()))
-        lines.append(f"  up to {1 << exponent:>9,} {counts[exponent]:>12,} {bar}")
-    excerpt = Tokenizer.open(stream.folder).decode(stream.document(0)[:200])
-    lines += ["first document", "  " + " ".join(excerpt.split())[:300]]
-    return "\n".join(lines)
-
-
-def _paths(inputs: Sequence[str | Path]) -> list[Path]:
-    paths = [Path(path) for path in inputs]
-    if not paths:
-        raise DataError("no input files: pass at least one .txt, .jsonl or .jsonl.gz file")
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: {'is a folder: pass its files' if path.is_dir() else 'no such file'}")
-        if _suffix(path) is None:
-            raise DataError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}")
-    return paths
-
-
-def _suffix(path: Path) -> str | None:
-    return next((suffix for suffix in reversed(SUFFIXES) if path.name.endswith(suffix)), None)
-
-
-def _rows(path: Path, file: IO[bytes], text_key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file, and where each is for a message. Raises DataError where one cannot be read."""
-    if _suffix(path) == ".txt":
-        yield str(path), {text_key: _text(str(path), file.read())}
-        return
-    lines = gzip.GzipFile(fileobj=file) if _suffix(path) == ".jsonl.gz" else file
-    number = 0
-    try:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            text = _text(where, line)
-            if not text.strip():
+def _chunks(files: Sequence[Input], start: Place, columns: Sequence[str]) -> Iterator[tuple[Place, list[Piece]]]:
+    """The pieces of the files after `start`, gathered until they are worth sending, and where each chunk ends."""
+    chunk: list[Piece] = []
+    before = sum(file.size for file in files[: start.input])
+    place = start
+    for i in range(start.input, len(files)):
+        skip = start.pieces if i == start.input else 0
+        for done, piece in enumerate(pieces(files[i], columns), 1):
+            if done <= skip:
                 continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({error}): expected one object a line") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: a {type(row).__name__}, expected an object such as {{{text_key!r}: ...}}")
-            yield where, row
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}:{number + 1}: not whole as gzip ({error}): get the file again") from None
+            chunk.append(piece)
+            place = Place(i, done, before + piece.end)
+            if sum(piece.size for piece in chunk) >= PIECE:
+                yield place, chunk
+                chunk = []
+        before += files[i].size
+    if chunk:
+        yield place, chunk
 
 
-def _text(where: str, content: bytes) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): convert the file") from None
-
-
-def _encode(
-    row: Mapping[str, Any], tokenizer: Tokenizer, text_key: str, template: str
-) -> tuple[list[int], list[int] | None]:
-    """The ids of a row, and its loss mask, None where all tokens carry loss."""
-    content = _content(row, text_key)
-    if isinstance(content, str):
-        return [tokenizer.bos_id, *tokenizer.encode(content), tokenizer.eos_id], None
-    return render(content, tokenizer, template)
-
-
-def _content(row: Mapping[str, Any], text_key: str) -> str | Sequence[Message]:
-    """What a row holds: a text, or the messages of a conversation."""
-    if text_key in row:
-        text = row[text_key]
-        if not isinstance(text, str):
-            raise DataError(f"{text_key!r} is a {type(text).__name__}, expected a string")
-        if not text.strip():
-            raise DataError(f"{text_key!r} is empty")
-        return text
-    if "messages" in row:
-        return row["messages"]
-    if "instruction" in row and "output" in row:
-        return alpaca_messages(row)
-    found = ", ".join(map(repr, row)) or "none"
-    raise DataError(
-        f"no key {text_key!r}, 'messages', or 'instruction' with 'output' (found {found}): "
-        "name the key of the text (--text-key)"
-    )
+def _count_duplicates(report: Report, encoded: Encoded, repeated: NDArray[np.bool_], tokenizer: Tokenizer) -> None:
+    documents = encoded.documents
+    ends = np.cumsum(documents.lengths)
+    for i in np.flatnonzero(repeated):
+        begin = int(ends[i] - documents.lengths[i])
+        report.duplicates[documents.sources[documents.source_ids[i]]] += 1
+        if len(report.duplicate_examples) < EXAMPLES:
+            excerpt = tokenizer.decode(documents.tokens[begin : min(begin + EXCERPT, ends[i])])
+            report.duplicate_examples.append([encoded.places[i], " ".join(excerpt.split())])

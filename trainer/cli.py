@@ -55,12 +55,29 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     c = command("prepare", _prepare, "Text to a token stream.")
-    c.add_argument("inputs", nargs="+", metavar="FILE", help=".txt (a document each), .jsonl or .jsonl.gz")
+    inputs = "a file (.txt, .jsonl, each also .gz or .zst, .parquet), folder or pattern; NAME=... names its source"
+    c.add_argument("inputs", nargs="+", metavar="INPUT", help=inputs)
     c.add_argument("--tokenizer", required=True, help="a sentencepiece model, or mistral-v1, mistral-v2, mistral-v3")
     c.add_argument("--output", required=True, help="folder of the stream")
     c.add_argument("--text-key", default="text", help="key of a plain row's text (default: text)")
+    c.add_argument("--source-key", help="key of a row's source (default: a source for each input)")
     c.add_argument("--template", default="auto", choices=templates, help="of chats (default: by the tokenizer)")
+    c.add_argument("--dedupe", choices=["exact", "minhash"], help="leave out what repeats an earlier document")
+    text = "leave out documents that share 13 words in a row with these evaluation files"
+    c.add_argument("--decontaminate", nargs="+", default=[], metavar="INPUT", help=text)
+    c.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores)")
     c.add_argument("--overwrite", action="store_true", help="replace a stream that is there")
+    c.add_argument("--append", action="store_true", help="add to the stream that is there")
+
+    c = command("merge", _merge, "Token streams to one, which shares their files.")
+    c.add_argument("streams", nargs="+", metavar="STREAM")
+    c.add_argument("--output", required=True, help="folder of the new stream")
+
+    c = command("convert", _convert, "Other trainers' token files to a stream, or a stream to Megatron's.")
+    c.add_argument("source", help="a stream; or Megatron's .bin with its .idx, .npy, or a file of ids (.bin)")
+    c.add_argument("output", help="folder of the stream; or Megatron's prefix, where the source is a stream")
+    c.add_argument("--tokenizer", help="of the ids, where the source is no stream")
+    c.add_argument("--dtype", choices=["uint16", "uint32", "int32"], help="of a file of ids (default: by vocabulary)")
 
     c = command("inspect", _inspect, "What a token stream holds.")
     c.add_argument("stream")
@@ -69,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("stream")
 
     c = command("train-tokenizer", _train_tokenizer, "A sentencepiece model from a corpus.")
-    c.add_argument("inputs", nargs="+", metavar="FILE")
+    c.add_argument("inputs", nargs="+", metavar="INPUT", help=inputs)
     c.add_argument("--vocab-size", type=int, required=True)
     c.add_argument("--output", required=True, help="the model file to write")
     c.add_argument("--text-key", default="text")
@@ -106,19 +123,48 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(options: argparse.Namespace) -> None:
     from tokenmill.data.prepare import prepare
+    from tokenmill.data.report import inspect
 
     prepare(
         options.inputs,
         options.tokenizer,
         options.output,
         text_key=options.text_key,
+        source_key=options.source_key,
         template=options.template,
+        dedupe=options.dedupe,
+        decontaminate=options.decontaminate,
         overwrite=options.overwrite,
+        append=options.append,
+        workers=options.workers,
+        progress=sys.stderr.isatty(),
     )
+    print(inspect(options.output))
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from tokenmill.data.merge import merge
+
+    stream = merge(options.streams, options.output)
+    print(f"{options.output}: {len(stream):,} documents, {stream.tokens:,} tokens")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from tokenmill.data.convert import export_megatron, import_tokens
+    from tokenmill.data.stream import MANIFEST
+
+    if (Path(options.source) / MANIFEST).is_file():
+        export_megatron(options.source, options.output)
+        print(f"{options.output}.bin, {options.output}.idx")
+        return
+    if options.tokenizer is None:
+        raise ValueError(f"{options.source}: is no token stream: name the tokenizer of its ids (--tokenizer)")
+    stream = import_tokens(options.source, options.tokenizer, options.output, dtype=options.dtype)
+    print(f"{options.output}: {len(stream):,} documents, {stream.tokens:,} tokens")
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from tokenmill.data.prepare import inspect
+    from tokenmill.data.report import inspect
 
     print(inspect(options.stream))
 
@@ -132,7 +178,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _train_tokenizer(options: argparse.Namespace) -> None:
-    from tokenmill.data.prepare import read_texts
+    from tokenmill.data.documents import read_texts
     from tokenmill.data.tokenizer import train_tokenizer
 
     train_tokenizer(read_texts(options.inputs, options.text_key), options.vocab_size, options.output)

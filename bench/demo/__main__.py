@@ -15,8 +15,9 @@ from pathlib import Path
 
 from tokenmill.bench.demo import corpus, report
 from tokenmill.bench.step import compare, summary
+from tokenmill.data.documents import read_texts
 from tokenmill.data.loader import Loader, Source
-from tokenmill.data.prepare import prepare, read_texts
+from tokenmill.data.prepare import prepare
 from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer, train_tokenizer
 from tokenmill.trainer.checkpoint import load_model

@@ -1,4 +1,4 @@
-"""What the tests of the data share: a small tokenizer, a small stream, and where real text lies if it is there."""
+"""What the tests of the data share: a small tokenizer and a small stream."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tokenmill.data.stream import StreamWriter, TokenStream
+from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer, train_tokenizer
-
-SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
+from tokenmill.data.writer import StreamWriter
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,9 @@ from tokenmill.data.errors import DataError
 from tokenmill.data.loader import PART_BITS, Loader, Source, sequential_batches
 from tokenmill.data.mixture import SampleOrder
 from tokenmill.data.packing import Plan
-from tokenmill.data.stream import StreamWriter, TokenStream
+from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer
+from tokenmill.data.writer import StreamWriter
 from tokenmill.kernels.layout import GHOST
 
 LENGTHS = [5, 9, 3, 40, 12, 7, 8, 2, 31, 16, 16, 16, 10, 70]

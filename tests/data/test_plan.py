@@ -9,7 +9,8 @@ import pytest
 
 from tokenmill.data.errors import DataError
 from tokenmill.data.packing import ARRAYS, Plan, cut
-from tokenmill.data.stream import StreamWriter, TokenStream
+from tokenmill.data.stream import TokenStream
+from tokenmill.data.writer import StreamWriter
 
 LENGTHS = [2, 3, 15, 16, 17, 30, 31, 32, 33, 46, 47, 100]
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tokenmill.data import documents
+from tokenmill.data import prepare as preparing
 from tokenmill.data.chat import alpaca_messages, render
+from tokenmill.data.documents import read_texts
+from tokenmill.data.encode import encode
 from tokenmill.data.errors import DataError
-from tokenmill.data.prepare import inspect, prepare, read_texts
+from tokenmill.data.prepare import prepare
+from tokenmill.data.report import inspect
 from tokenmill.data.stream import TokenStream
 
 prepare = partial(prepare, progress=False)
@@ -52,7 +62,7 @@ def test_every_kind_of_input(tmp_path, small):
 
 def test_options(tmp_path, small):
     write_rows(tmp_path / "a.jsonl", [{"body": "One.", "text": "not this"}])
-    stream = prepare([tmp_path / "a.jsonl"], small.path, tmp_path / "out", text_key="body", source="web")
+    stream = prepare([f"web={tmp_path}/a.jsonl"], small.path, tmp_path / "out", text_key="body")
     assert stream.document(0).tolist() == plain(small, "One.")
     assert stream.sources == ["web"]
     with pytest.raises(DataError, match="already exists"):
@@ -91,7 +101,8 @@ BAD_ROWS = [
     (b'{"text": "\xff"}\n', r"a\.jsonl:1: not UTF-8"),
     (b'{"messages": []}\n', r"a\.jsonl:1: the conversation has no user's message"),
     (b'{"instruction": "a", "output": ""}\n', r"a\.jsonl:1: 'output' is empty"),
-    (b"", r"out: no documents to write: the corpus is empty"),
+    (b"", r"a\.jsonl: is empty"),
+    (b"\n", r"out: no documents to write: the corpus is empty"),
 ]
 
 
@@ -112,9 +123,9 @@ def test_bad_rows_name_file_and_line(tmp_path, small, content, message):
             r"a\.jsonl\.gz:\d+: not whole as gzip",
         ),
         ("a.jsonl.gz", b'{"text": "a"}\n', r"a\.jsonl\.gz:1: not whole as gzip"),
-        ("a.txt", b"", r"a\.txt: 'text' is empty"),
+        ("a.txt", b" ", r"a\.txt: 'text' is empty"),
         ("a.txt", b"\xff\xfe", r"a\.txt: not UTF-8"),
-        ("a.csv", b"x", r"a\.csv: expected a file that ends in \.txt, \.jsonl, \.jsonl\.gz"),
+        ("a.csv", b"x", r"a\.csv: expected a file that ends in \.txt, .*\.jsonl\.zst, \.parquet"),
     ],
 )
 def test_bad_files(tmp_path, small, name, content, message):
@@ -129,7 +140,7 @@ def test_bad_arguments(tmp_path, small):
         prepare([], small, tmp_path / "out")
     with pytest.raises(DataError, match=r"nowhere\.txt: no such file"):
         prepare([tmp_path / "nowhere.txt"], small, tmp_path / "out")
-    with pytest.raises(DataError, match="is a folder: pass its files"):
+    with pytest.raises(DataError, match=r"holds no file that ends in \.txt"):
         prepare([tmp_path], small, tmp_path / "out")
 
 
@@ -164,3 +175,190 @@ def test_inspect(tmp_path, small):
     bars = [line.split() for line in report.splitlines() if line.startswith("  up to")]
     assert sum(int(bar[3]) for bar in bars) == 3
     assert TokenStream.open(tmp_path / "out").fingerprint == stream.fingerprint
+
+
+def corpus(folder: Path) -> list[str]:
+    """Files of several kinds, with documents that repeat others or hold text of an evaluation; and that evaluation."""
+    question = "which of the following drugs is the best choice for a child who has a fever and a rash"
+    words = [" ".join(f"w{i * j % 97}" for j in range(40)) for i in range(60)]
+    notes = [{"text": f"Note {i}. {words[i]}", "from": "ab"[i % 2]} for i in range(60)]
+    notes[20] = {"text": notes[3]["text"].replace(",", "").upper(), "from": "c"}
+    notes[30] = {"text": f"An exam asks {question}, and why?", "from": "a"}
+    chats = [{"messages": [MESSAGES[0], {**MESSAGES[1], "content": "x" * i}], "from": "chat"} for i in range(1, 30)]
+    folder.mkdir()
+    write_rows(folder / "notes.jsonl", notes)
+    write_rows(folder / "chats.jsonl.gz", [*chats, notes[5]])
+    write_rows(folder.parent / "exam.jsonl", [{"question": question}, {"question": "Too short?"}])
+    return [str(folder / "notes.jsonl"), f"chats={folder}/*.gz"]
+
+
+def options(folder: Path) -> dict[str, Any]:
+    return dict(dedupe="minhash", decontaminate=[folder / "exam.jsonl"], source_key="from")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(documents, "PIECE", 1000)
+    monkeypatch.setattr(preparing, "PIECE", 1000)
+
+
+def test_any_number_of_workers(tmp_path, small, small_pieces, capfd):
+    inputs = corpus(tmp_path / "in")
+    one = prepare(inputs, small, tmp_path / "one", shard_tokens=2000, **options(tmp_path))
+    two = prepare(inputs, small, tmp_path / "two", shard_tokens=2000, workers=2, **options(tmp_path))
+    assert files_of(one.folder) == files_of(two.folder)
+    assert len(one.shards) > 3
+    one.verify()
+    assert len(one) == 60 + 30 - 2 - 1
+    assert one.sources == ["a", "b", "chat"]
+    report = one.manifest["report"]
+    assert report["duplicates"] == {"b": 1, "c": 1}
+    assert report["contaminated"] == {"a": 1}
+    text = inspect(one.folder)
+    assert "  c: 0 documents, 0 tokens, 1 duplicates removed" in text
+    assert f"{tmp_path}/in/notes.jsonl:21: NOTE 3" in text
+    assert f"{tmp_path}/in/notes.jsonl:31: shares 'which of the following drugs" in text
+    assert "1 texts are looked for; 1 have too few words" in capfd.readouterr().err
+    write_rows(tmp_path / "in" / "notes.jsonl", [{"text": "a", "from": "a"}] * 99 + [{"text": "b"}])
+    with pytest.raises(DataError, match=r"notes\.jsonl:100: 'from' is None, expected the name of a source"):
+        prepare(inputs, small, tmp_path / "out", workers=2, source_key="from")
+
+
+class Dies:
+    """An encoder whose process is ended from outside."""
+
+    def __call__(self, pieces):
+        os._exit(9)
+
+
+def test_a_worker_that_is_ended(tmp_path):
+    with pytest.raises(ChildProcessError, match="a worker process was ended from outside"):
+        list(encode([(0, []), (1, [])], Dies(), 2))  # pyright: ignore[reportArgumentType]
+
+
+def test_append(tmp_path, small):
+    write_rows(tmp_path / "a.jsonl", [{"text": "One."}, ALPACA])
+    write_rows(tmp_path / "b.jsonl", [{"text": "Two."}, {"text": "Two."}])
+    both = prepare([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], small, tmp_path / "both", dedupe="exact")
+    prepare([tmp_path / "a.jsonl"], small, tmp_path / "out")
+    stream = prepare([tmp_path / "b.jsonl"], small, tmp_path / "out", append=True, dedupe="exact")
+    stream.verify()
+    assert [stream.document(i).tolist() for i in range(3)] == [both.document(i).tolist() for i in range(3)]
+    assert (len(stream), stream.sources, stream.manifest["report"]) == (3, ["a", "b"], both.manifest["report"])
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from typing import Any
+from tokenmill.data import documents, prepare as preparing
+from tokenmill.data.stream import TokenStream
+from tokenmill.data.words import hash_words
+from test_prepare import corpus, files_of, options
+
+folder, model, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+documents.PIECE = preparing.PIECE = 1000
+inputs, out = corpus(folder / "in"), folder / "out"
+arguments = dict(shard_tokens=2000, progress=False, **options(folder))
+hash_words("makes its tables, before the process is copied many times")
+preparing.prepare([folder / "exam.jsonl"], model, folder / "old", text_key="question", progress=False)
+
+def attempt(output, die_at=None, mode=mode):
+    "Whether it came to its end; else it was killed when it was about to wait for the disk for the so many-th time."
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == 0
+    sync, calls = os.fsync, 0
+    def fsync(file):
+        nonlocal calls
+        calls += 1
+        if calls == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(file)
+    os.fsync = fsync
+    preparing.prepare(inputs, model, output, overwrite=mode == "overwrite", append=mode == "append", **arguments)
+    os._exit(0)
+
+def begin():
+    shutil.rmtree(out, ignore_errors=True)
+    if mode != "new":
+        shutil.copytree(folder / "old", out)
+
+begin()
+assert attempt(out)
+expected = files_of(out)
+kills = 0
+while True:
+    begin()
+    old = files_of(out) if out.exists() else None
+    kills += 1
+    if attempt(out, kills):
+        break
+    now = files_of(out) if out.exists() else None
+    if now is not None and now != expected:  # the old one, where an append may have left files that it does not name
+        assert now.items() >= old.items(), kills
+        TokenStream.open(out).verify()
+    if now != expected or mode != "new":
+        assert attempt(out), kills
+    assert files_of(out) == expected, kills
+    left = {path.name for path in folder.iterdir()} - {"in", "exam.jsonl", "old", "out"}
+    assert left <= ({".out.partial"} if now == expected and mode == "new" else set()), (kills, left)
+    shutil.rmtree(folder / ".out.partial", ignore_errors=True)
+print(kills)
+"""
+
+
+@pytest.mark.parametrize("mode", ["new", "overwrite", "append"])
+def test_killed_at_any_moment(tmp_path, small, mode):
+    """Killed at every place where it waits for the disk, and started again."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path, small.path, mode],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 30
+    assert done.stderr.count("going on after") > 20
+
+
+def test_changed_inputs_are_begun_anew(tmp_path, small, small_pieces, monkeypatch, capfd):
+    inputs = corpus(tmp_path / "in")
+    monkeypatch.setattr(preparing, "encode", lambda *arguments: interrupted(encode(*arguments)))
+
+    def interrupted(results):
+        for i, result in enumerate(results):
+            yield result
+            if i == 8:
+                raise KeyboardInterrupt
+
+    arguments = dict[str, Any](shard_tokens=1000, **options(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(inputs, small, tmp_path / "out", **arguments)
+    assert (tmp_path / ".out.partial").is_dir()
+    monkeypatch.undo()
+    write_rows(tmp_path / "in" / "notes.jsonl", [{"text": "Other.", "from": "a"}])
+    again = prepare(inputs, small, tmp_path / "out", **arguments)
+    assert "not those of the work begun" in capfd.readouterr().err
+    assert again.document(0).tolist() == plain(small, "Other.")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["exam.jsonl", "in", "out"]
+
+
+def test_a_full_disk(tmp_path, small):
+    write_rows(tmp_path / "a.jsonl", [{"text": f"A fever of {i} degrees." * 9} for i in range(500)])
+    script = "import sys; from tokenmill.trainer.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "prepare", tmp_path / "a.jsonl", "--tokenizer", small.path, "--workers=1"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 64; "$@"', "-", *command, "--output", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("tokenmill: error: ")
+    assert "00000.tokens" in line
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]

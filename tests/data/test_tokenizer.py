@@ -8,11 +8,11 @@ import io
 import json
 import pickle
 from itertools import chain
+from pathlib import Path
 from pydoc_data import topics
 
 import numpy as np
 import pytest
-from conftest import SHARED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -65,7 +65,7 @@ def test_mistral_models_by_name(name, vocab_size):
 def documents(name: str) -> list[str]:
     if name == "pydoc":
         return list(topics.topics.values())
-    path = SHARED / f"{name}_documents.jsonl.gz"
+    path = Path(__file__).resolve().parents[2] / f"../shared/data/{name}_documents.jsonl.gz"
     if not path.is_file():
         pytest.skip(f"needs {path.name}")
     with gzip.open(path, "rt", encoding="utf-8") as file:

@@ -63,6 +63,18 @@ def test_the_whole_way(text, capsys):
         assert (text / "hf" / name).read_bytes() == (text / "hf2" / name).read_bytes(), name
 
 
+def test_streams_appended_merged_and_converted(text, capsys):
+    add = ["prepare", f"{text}/notes.jsonl", f"--tokenizer={text}/t.model", f"--output={text}/more", "--workers=1"]
+    assert main(add) == 0
+    assert main([*add, "--append"]) == 0
+    assert main(["merge", f"{text}/stream", f"{text}/more", f"--output={text}/all"]) == 0
+    assert "all: 180 documents" in capsys.readouterr().out
+    assert main(["convert", f"{text}/all", f"{text}/megatron"]) == 0
+    assert main(["convert", f"{text}/megatron.bin", f"{text}/again", f"--tokenizer={text}/t.model"]) == 0
+    assert "again: 180 documents" in capsys.readouterr().out
+    assert main(["verify", f"{text}/again"]) == 0
+
+
 def damaged(text):
     shard = max((text / "stream").glob("*tokens*"), key=lambda p: p.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-2])
@@ -92,7 +104,7 @@ WRONG = {
     "empty corpus": (
         lambda t: (t / "e.jsonl").write_text(""),
         "prepare {t}/e.jsonl --tokenizer {t}/t.model --output {t}/x",
-        "no document",
+        "e.jsonl: is empty",
     ),
     "empty document": (
         lambda t: (t / "e.jsonl").write_text('{"text": "a"}\n{"text": ""}'),

@@ -1,0 +1,112 @@
+"""What a stream holds and what was left out of it: the report that is kept in a manifest, and a page to print."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenmill.data.stream import TokenStream
+from tokenmill.data.tokenizer import Tokenizer
+
+EXAMPLES = 5  # of each kind that are kept
+
+
+@dataclass
+class Report:
+    """Counts by source. An example is where a document that was left out is, and a line on it."""
+
+    bytes: Counter[str] = field(default_factory=Counter)  # of text, in UTF-8, of the documents that were kept
+    duplicates: Counter[str] = field(default_factory=Counter)  # documents removed
+    contaminated: Counter[str] = field(default_factory=Counter)  # documents removed
+    duplicate_examples: list[list[str]] = field(default_factory=list)
+    contaminated_examples: list[list[str]] = field(default_factory=list)
+
+    @staticmethod
+    def load(values: Mapping[str, Any]) -> Report:
+        """A report as `asdict` made it."""
+        loaded: dict[str, Any] = {k: Counter(v) if isinstance(v, dict) else list(v) for k, v in values.items()}
+        return Report(**loaded)
+
+    def asdict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {key: dict(value) if isinstance(value, dict) else list(value) for key, value in vars(self).items()}
+
+
+def joined(reports: Iterable[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """The report of several streams together, None where one has none."""
+    total = Report()
+    for values in reports:
+        if values is None:
+            return None
+        report = Report.load(values)
+        total.bytes += report.bytes
+        total.duplicates += report.duplicates
+        total.contaminated += report.contaminated
+        total.duplicate_examples = (total.duplicate_examples + report.duplicate_examples)[:EXAMPLES]
+        total.contaminated_examples = (total.contaminated_examples + report.contaminated_examples)[:EXAMPLES]
+    return total.asdict()
+
+
+def inspect(folder: str | Path) -> str:
+    """What a stream holds, as text to print: counts, tokenizer, sources, lengths, what was left out, and the beginning
+    of a document."""
+    stream = TokenStream.open(folder)
+    documents = len(stream)
+    loss = int(stream.loss_tokens(np.arange(documents), np.zeros(documents, np.int64), stream.lengths).sum())
+    report = Report.load(stream.manifest.get("report") or {})
+    lines = [
+        f"token stream  {stream.folder}",
+        f"fingerprint   {stream.fingerprint}",
+        f"documents     {documents:,}",
+        f"tokens        {stream.tokens:,} ({loss / stream.tokens:.1%} with loss)",
+    ]
+    if report.bytes:
+        size = report.bytes.total()
+        lines.append(f"text          {size:,} bytes, {size / stream.tokens:.2f} a token")
+    lines += [
+        f"vocabulary    {stream.vocab_size:,} ({stream.shards[0].tokens.dtype})",
+        f"tokenizer     {stream.tokenizer_name} (BOS {stream.bos_id}, EOS {stream.eos_id}, "
+        f"sha256 {stream.tokenizer_sha256[:16]})",
+        "sources",
+    ]
+    counts = np.bincount(stream.source_ids, minlength=len(stream.sources))
+    tokens = np.bincount(stream.source_ids, stream.lengths, len(stream.sources))
+    for name in dict.fromkeys([*stream.sources, *report.duplicates, *report.contaminated]):
+        i = stream.sources.index(name) if name in stream.sources else None
+        n, t = (0, 0) if i is None else (int(counts[i]), int(tokens[i]))
+        line = f"  {name}: {n:,} documents, {t:,} tokens"
+        if name in report.bytes and t:
+            line += f", {report.bytes[name] / t:.2f} bytes a token"
+        for what, removed in (("duplicates", report.duplicates), ("contaminated", report.contaminated)):
+            line += f", {removed[name]:,} {what} removed" if removed[name] else ""
+        lines.append(line)
+    lines += _lengths(stream)
+    for what, removed, examples in (
+        ("duplicates", report.duplicates, report.duplicate_examples),
+        ("contaminated", report.contaminated, report.contaminated_examples),
+    ):
+        if removed:
+            lines.append(f"{what + ' removed':<21} {removed.total():,}, such as")
+            lines += [f"  {where}: {line}" for where, line in examples]
+    excerpt = Tokenizer.open(stream.folder).decode(stream.document(0)[:200])
+    lines += ["first document", "  " + " ".join(excerpt.split())[:300]]
+    return "\n".join(lines)
+
+
+def _lengths(stream: TokenStream) -> list[str]:
+    lengths = stream.lengths
+    lines = [
+        f"lengths       {lengths.min():,} to {lengths.max():,}, "
+        f"median {int(np.median(lengths)):,}, mean {lengths.mean():,.1f}"
+    ]
+    exponents = np.frexp(lengths - 1)[1]  # lengths above 2**(e - 1), up to 2**e
+    counts = np.bincount(exponents)
+    for exponent in range(exponents.min(), len(counts)):
+        bar = "#" * int(np.ceil(40 * counts[exponent] / counts.max()))
+        lines.append(f"  up to {1 << exponent:>9,} {counts[exponent]:>12,} {bar}")
+    return lines
