@@ -31,6 +31,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     c.add_argument("--only", nargs="+", metavar="OPERATION", help="such as cross_entropy; default: all")
     c.add_argument("--rehearse", action="store_true", help="every line of it on a CPU, at tiny shapes")
 
+    c = command("moe", _moe, "A layer of experts under every routing, on every backend and installed peer.")
+    c.add_argument("--output", default="runs/moe", help="folder for gpu.json, moe.csv and moe.png (default: runs/moe)")
+    c.add_argument("--rehearse", action="store_true", help="every line of it on a CPU, at tiny shapes")
+
     c = command("tune", _tune, "The fastest launch arguments on the GPU at hand, into the package's table of them.")
     c.add_argument("--only", default="", metavar="TEXT", help="only the cases that have TEXT in their name")
     c.add_argument("--output", metavar="FILE", help="default: tuned.json in the package")
@@ -55,17 +59,30 @@ def _static(options: argparse.Namespace) -> None:
 
 
 def _ops(options: argparse.Namespace) -> None:
-    from tokenmill.bench import gpu, report
+    from tokenmill.bench import gpu
 
-    names = [part.function.partition(":")[2] for part in gpu.OPERATIONS]
+    parts = [*gpu.OPERATIONS, *gpu.MORE]
+    names = [part.function.partition(":")[2] for part in parts]
     if unknown := sorted({*options.only} - {*names}) if options.only else []:
         raise ValueError(f"--only {unknown[0]}: expected some of {', '.join(names)}")
-    chosen = [p for p, name in zip(gpu.OPERATIONS, names, strict=True) if not options.only or name in options.only]
+    chosen = [p for p, name in zip(parts, names, strict=True) if not options.only or name in options.only]
+    _measure("ops", chosen, options)
+
+
+def _moe(options: argparse.Namespace) -> None:
+    from tokenmill.bench import gpu
+
+    _measure("moe", gpu.EXPERTS, options)
+
+
+def _measure(name: str, parts: Any, options: argparse.Namespace) -> None:
+    from tokenmill.bench import gpu, report
+
     output = Path(options.output)
-    status = gpu.visit(output, 3600, options.rehearse, chosen)
+    status = gpu.visit(output, 3600, options.rehearse, parts)
     result = json.loads((output / "gpu.json").read_text())
-    report.write_csv(result, output / "ops.csv")
-    report.plot(result, output / "ops.png")
+    report.write_csv(result, output / f"{name}.csv")
+    report.plot(result, output / f"{name}.png")
     if status:
         raise ValueError(f"{output}/gpu.json: a part failed; it says where")
 

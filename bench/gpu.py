@@ -34,6 +34,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+PACKAGES = (
+    "transformers", "flash-attn", "megablocks", "scattermoe", "liger-kernel", "quack-kernels", "cut-cross-entropy",
+)  # whose versions matter where they are installed  # fmt: skip
 LEAST_SECONDS = 10  # what a part needs left of the budget to be worth starting
 
 
@@ -60,9 +63,19 @@ def _parts(module: str, check: bool, seconds: dict[str, float]) -> list[Part]:
 
 
 MACHINE = Part("tokenmill.bench.gpu:machine", 60)
-OPERATIONS = _parts(
-    "ops", False, dict(ceilings=30, cross_entropy=90, attention=60, moe=60, elementwise=90, embedding=40, optimizer=30)
-)
+OPERATIONS = [
+    *_parts("ops", False, dict(ceilings=30)),
+    *_parts("head", False, dict(cross_entropy=90)),
+    *_parts("ops", False, dict(attention=60)),
+    *_parts("moe", False, dict(moe=60)),
+    *_parts("ops", False, dict(elementwise=90, embedding=40, optimizer=30)),
+]
+# The rest of `tokenmill bench ops`, for which a visit has no time.
+MORE = [
+    *_parts("head", False, dict(log_probabilities=90, vocabularies=90)),
+    *_parts("ops", False, dict(flex_attention=240)),
+]
+EXPERTS = [OPERATIONS[0], *_parts("moe", False, dict(tokens_8192=400, tokens_32768=1200))]
 PARTS = [
     *_parts("checks", True, dict(noise=40, cross_entropy=60, attention=60, moe=60)),
     *_parts("checks", True, dict(elementwise=40, embedding=40, optimizer=40, waiting=60)),
@@ -210,7 +223,7 @@ def machine(place: Place) -> list[dict[str, Any]]:
 
     row: dict[str, Any] = {"what": "machine", "python": platform.python_version(), "cpus": os.cpu_count()}
     row |= {"torch": torch.__version__, "triton": importlib.metadata.version("triton"), "cuda": torch.version.cuda}
-    row |= {name: _version(name) for name in ("transformers", "flash-attn")}
+    row |= {name: _version(name) for name in PACKAGES}
     if place.device.type == "cuda":
         properties = torch.cuda.get_device_properties(place.device)
         row |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}

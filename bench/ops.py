@@ -4,32 +4,31 @@ Times are medians in milliseconds of variants that take turns in one run; before
 so that inputs need not rotate, and the host has queued the whole of it before the device begins, so that gaps between
 launches do not count. bf16 on a GPU; a rehearsal on a CPU runs the same lines at tiny shapes in fp32. Run by
 `tokenmill.bench.gpu`: each public function takes a Place and returns rows. A row's key "target" says what the ratio
-beside it is to be.
+beside it is to be, and a peer's "difference" how far its results are from ours.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokenmill.bench import peers
+from tokenmill.bench.checks import _error, results
 from tokenmill.bench.gpu import Place
+from tokenmill.bench.peers import Peer, Peers
 from tokenmill.kernels import attention as attention_kernels
-from tokenmill.kernels import moe as moe_kernels
 from tokenmill.kernels import rms_norm as norms
 from tokenmill.kernels.adamw import adamw_
 from tokenmill.kernels.attention import attention as attend
-from tokenmill.kernels.cross_entropy import linear_cross_entropy
 from tokenmill.kernels.embedding import Noise, embed
 from tokenmill.kernels.layout import Layout
-from tokenmill.kernels.moe import megablocks
 from tokenmill.kernels.rotary import apply_rotary
 from tokenmill.kernels.swiglu import swiglu
 from tokenmill.trainer.model.config import attended_pairs
@@ -38,9 +37,19 @@ Row = dict[str, Any]
 Variants = dict[str, Callable[[], Any]]
 
 NOT_HERE = "not measured: the CPU's allocator does not say"
+DIFFERENCE = 2e-2  # of a peer's result, relative, by norm: what bf16 makes of sums and factors
 
 
 # ------------------------------------------------------------------------------------------------------------- timing
+
+
+class Fresh(NamedTuple):
+    """A run that is made anew each time; its making is not timed."""
+
+    make: Callable[[], Callable[[], Any]]
+
+    def __call__(self) -> Any:
+        return self.make()()
 
 
 def timed(place: Place, variants: Variants, seconds: float = 4.0) -> dict[str, Row]:
@@ -61,6 +70,7 @@ def timed(place: Place, variants: Variants, seconds: float = 4.0) -> dict[str, R
 
 def _once(place: Place, run: Callable[[], Any]) -> float:
     """Milliseconds of one run, from cold caches."""
+    run = run.make() if isinstance(run, Fresh) else run
     if place.device.type == "cpu":
         begin = time.perf_counter()
         run()
@@ -87,11 +97,50 @@ def peak_memory(place: Place, run: Callable[[], Any]) -> float | str:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _backward_of(outputs: Tensor | tuple[Tensor, ...], inputs: list[Tensor]) -> Callable[[], Any]:
+def _forward(peer: Peer) -> Callable[[], Any]:
+    return Fresh(lambda: partial(peer.function, *_copies(peer))) if peer.overwrites else partial(peer[0], *peer.inputs)
+
+
+def _backward(peer: Peer) -> Callable[[], Any]:
+    def make() -> Callable[[], Any]:
+        inputs = _copies(peer) if peer.overwrites else peer.inputs
+        return _backward_of(peer.function(*inputs), inputs)
+
+    return Fresh(make) if peer.overwrites else make()
+
+
+def _copies(peer: Peer) -> list[Tensor]:
+    return [x.detach().clone().requires_grad_() for x in peer.inputs]
+
+
+def _backward_of(outputs: Tensor | Sequence[Tensor], inputs: Sequence[Tensor]) -> Callable[[], Any]:
     """The backward pass alone, again and again."""
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     upstream = [torch.randn_like(y) for y in outputs]
     return lambda: torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
+
+
+def running(ours: Peer, others: Peers) -> tuple[Peers, dict[str, Row]]:
+    """Those of `others` that run here, and for every one what its row says: how far its results are from ours (and its
+    gradients, where they are of the same tensors), or why it is not measured.
+    """
+    dtype = ours.inputs[0].dtype
+    expected = results(ours.function, ours.inputs, dtype)
+    found, said = {}, {}
+    for name, peer in others.items():
+        try:
+            made, mine = results(peer.function, peer.inputs, dtype), expected
+            if len(peer.inputs) != len(ours.inputs):
+                made, mine = made[: -len(peer.inputs)], mine[: -len(ours.inputs)]
+            errors = [_error(a, b.double()) for a, b in zip(made, mine, strict=True)]
+        except Exception as error:  # of any kind: what another project's code says here costs only its own timing
+            reason = str(error).strip().partition("\n")[0][:200]
+            said[name] = {"what": name, "ms": f"not measured: {type(error).__name__}: {reason}"}
+            continue
+        found[name], said[name] = peer, {"difference": max(errors)}
+        if not all(error <= DIFFERENCE for error in errors):
+            said[name]["note"] = "another result than ours"
+    return found, said
 
 
 def _randn(place: Place, *shape: int, grad: bool = True) -> Tensor:
@@ -117,58 +166,6 @@ def ceilings(place: Place) -> list[Row]:
     copy["GB/s"] = 2 * source.nbytes / copy["ms"] / 1e6
     product["TFLOP/s"] = 2 * size**3 / product["ms"] / 1e9
     return [copy, product]
-
-
-def cross_entropy(place: Place) -> list[Row]:
-    """The loss of the head, forward and backward, beside its three bare products."""
-    count, dim, vocab = (16, 32, 100) if place.small else (8192, 4096, 32000)
-    hidden, weight = _randn(place, count, dim), _randn(place, vocab, dim)
-    weight.grad_dtype = torch.float32  # as the loss sums it; else autograd would round it once more
-    targets = torch.randint(vocab, (count,), device=place.device)
-    half = torch.randperm(count, device=place.device)[: count // 2].sort().values.int()
-    h, w = hidden.detach(), weight.detach()
-    logits = h @ w.T
-
-    def products() -> None:
-        torch.mm(h, w.T, out=logits)
-        torch.mm(logits, w)
-        torch.mm(logits.T, h)
-
-    def backward(loss: Tensor) -> None:
-        hidden.grad = weight.grad = None
-        loss.backward()
-
-    def ours(rows: Tensor | None = None) -> None:
-        backward(linear_cross_entropy(hidden, weight, targets, rows=rows).loss)
-
-    def naive() -> None:
-        backward(F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum"))
-
-    def without_gradients() -> None:
-        linear_cross_entropy(h, w, targets)
-
-    def theirs(loss: Callable[[], Tensor]) -> None:
-        backward(loss())
-
-    variants: Variants = {
-        "three bare products": products,
-        "linear_cross_entropy": ours,
-        "half the rows": partial(ours, half),
-        "naive": naive,
-        "loss alone": without_gradients,
-    }
-    others = peers.cross_entropy(hidden, weight, targets, place.small)
-    variants |= {name: partial(theirs, loss) for name, loss in others.items()}
-    rows = timed(place, variants, 8)
-    for name, run in variants.items():
-        hidden.grad = weight.grad = None
-        rows[name]["peak MiB"] = peak_memory(place, run)
-    whole = rows["linear_cross_entropy"]
-    if not isinstance(whole["peak MiB"], str):
-        whole["MiB beyond gradients"] = whole["peak MiB"] - (hidden.nbytes + 4 * weight.numel()) / 2**20
-    _ratio(whole, "of the products", whole["ms"] / rows["three bare products"]["ms"], "<= 1.25, 1.12; <= 512 MiB")
-    _ratio(rows["half the rows"], "of the whole", rows["half the rows"]["ms"] / whole["ms"], "<= 0.60")
-    return list(rows.values())
 
 
 def attention(place: Place) -> list[Row]:
@@ -203,60 +200,24 @@ def attention(place: Place) -> list[Row]:
     return rows
 
 
-def moe(place: Place) -> list[Row]:
-    """The experts' layer, forward and backward, beside the same operations in plain dense products."""
-    count, dim, hidden, experts, top_k = (16, 8, 16, 4, 2) if place.small else (8192, 4096, 14336, 8, 2)
-    x, logits = _randn(place, count, dim), _randn(place, count, experts)
-    w_gate_up, w_down = _randn(place, experts, 2 * hidden, dim), _randn(place, experts, dim, hidden)
-    with torch.no_grad():
-        w_gate_up.mul_(dim**-0.5)
-        w_down.mul_(hidden**-0.5)
-    dy = torch.randn_like(x)
-    leaves = [x, logits, w_gate_up, w_down]
-    zipf = 1 / torch.arange(1, experts + 1, device=place.device)
-    choices = {
-        "uniform": torch.rand(count, experts, device=place.device).topk(top_k).indices,
-        "Zipf": zipf.expand(count, experts).multinomial(top_k),
-    }
-
-    def layer(name: str, chosen: Tensor) -> Tensor:
-        return moe_kernels.moe(x, logits, w_gate_up, w_down, top_k, forced=chosen, backend=name)[0]
-
-    def step(name: str, chosen: Tensor) -> None:
-        torch.autograd.grad(layer(name, chosen), leaves, dy)
-
-    up, down = w_gate_up.detach()[0], w_down.detach()[0]
-    xs, wide, narrow = (_randn(place, top_k * count, size, grad=False) for size in (dim, 2 * hidden, hidden))
-
-    def dense() -> None:
-        for a, b in ((xs, up.T), (narrow, down.T), (xs, down), (xs.T, narrow), (wide, up), (wide.T, xs)):
-            torch.mm(a, b)
-
-    variants: Variants = {"dense products": dense}
-    others = ["grouped_mm", "reference"]  # the latter is a loop of cuBLAS products
-    if megablocks.supports(place.device, x.dtype) is None:
-        others.append("megablocks")
-    for backend in ("triton", *others):
-        variants |= {f"{backend}, {kind}": partial(step, backend, chosen) for kind, chosen in choices.items()}
-    rows = timed(place, variants, 10)
-    for row in rows.values():
-        row["TFLOP/s"] = 18 * top_k * count * dim * hidden / row["ms"] / 1e9
-    for kind, chosen in choices.items():
-        row = rows[f"triton, {kind}"]
-        row["of the best other"] = row["ms"] / min(rows[f"{other}, {kind}"]["ms"] for other in others)
-        _ratio(row, "of dense", rows["dense products"]["ms"] / row["ms"], "<= 1.0; >= 0.85; <= 973 MiB saved")
-        row["saved MiB"] = _saved(place, partial(layer, "triton", chosen))
-        row["peak MiB"] = peak_memory(place, partial(step, "triton", chosen))
-    return list(rows.values())
-
-
-def _saved(place: Place, forward: Callable[[], Tensor]) -> float | str:
-    """MiB that a forward pass keeps for its backward, its output left out."""
-    if place.device.type != "cuda":
-        return NOT_HERE
-    before = torch.cuda.memory_allocated()
-    out = forward()
-    return (torch.cuda.memory_allocated() - before - out.nbytes) / 2**20
+def flex_attention(place: Place) -> list[Row]:
+    """A sliding window over one document, in our attention and in FlexAttention."""
+    count, window, heads, kv_heads, dim = (64, 16, 4, 2, 8) if place.small else (32768, 4096, 32, 8, 128)
+    q = _randn(place, count, heads, dim)
+    k, v = (_randn(place, count, kv_heads, dim) for _ in range(2))
+    layout = Layout.from_lengths([count], device=place.device)
+    name = attention_kernels.choose("auto", place.device, q.dtype, dim).name
+    ours = Peer(lambda q, k, v: attend(q, k, v, layout, window, name), (q, k, v))
+    found, said = running(ours, peers.attention(q, k, v, window, place.small))
+    variants: Variants = {}
+    for label, peer in {name: ours, **found}.items():
+        variants |= {f"{label} forward": _forward(peer), f"{label} backward": _backward(peer)}
+    rows = timed(place, variants, 8)
+    for label, row in rows.items():
+        products = 2 if label.endswith("forward") else 5
+        row["TFLOP/s"] = 2 * products * heads * dim * attended_pairs(count, window) / row["ms"] / 1e9
+        row |= said.get(label.rpartition(" ")[0], {})
+    return [*rows.values(), *(row for row in said.values() if "ms" in row)]
 
 
 def elementwise(place: Place) -> list[Row]:
@@ -267,40 +228,48 @@ def elementwise(place: Place) -> list[Row]:
     q, k = _randn(place, count, heads, head_dim), _randn(place, count, heads // 4, head_dim)
     layout = Layout.from_lengths([count], device=place.device)
     token, turned, small = x.nbytes, q.nbytes + k.nbytes, place.small
-    cases: list[tuple[str, Callable[[], Any], peers.Peers, list[Tensor], int, int]] = [  # bytes forward, backward
-        (
-            "rms_norm", lambda: norms.rms_norm(x, weight, 1e-5), peers.rms_norm(x, weight, 1e-5, small),
-            [x, weight], 2 * token, 3 * token,
+    cases: dict[str, tuple[Peer, Peers, int, int]] = {  # ours, others, bytes forward and backward
+        "rms_norm": (
+            Peer(lambda x, w: norms.rms_norm(x, w, 1e-5), (x, weight)),
+            peers.rms_norm(x, weight, 1e-5, small), 2 * token, 3 * token,
         ),
-        (
-            "add + rms_norm", lambda: norms.rms_norm(x, weight, 1e-5, residual),
-            peers.add_rms_norm(x, weight, 1e-5, residual, small), [x, weight, residual], 4 * token, 4 * token,
+        "add + rms_norm": (
+            Peer(lambda x, w, r: norms.rms_norm(x, w, 1e-5, r), (x, weight, residual)),
+            peers.add_rms_norm(x, weight, 1e-5, residual, small), 4 * token, 4 * token,
         ),
-        (
-            "swiglu", lambda: swiglu(gate_up), peers.swiglu(gate_up, small),
-            [gate_up], gate_up.nbytes * 3 // 2, gate_up.nbytes * 5 // 2,
+        "swiglu": (
+            Peer(swiglu, (gate_up,)),
+            peers.swiglu(gate_up, small), gate_up.nbytes * 3 // 2, gate_up.nbytes * 5 // 2,
         ),
-        (
-            "rotary", lambda: apply_rotary(q, k, layout, 1e4), peers.rotary(q, k, layout.positions, 1e4, small),
-            [q, k], 2 * turned, 2 * turned,
+        "rotary": (
+            Peer(lambda q, k: apply_rotary(q, k, layout, 1e4), (q, k)),
+            peers.rotary(q, k, layout.positions, 1e4, small), 2 * turned, 2 * turned,
         ),
-    ]  # fmt: skip
+    }  # fmt: skip
     source = gate_up.detach()
     target = torch.empty_like(source)
     moved = {"copy": 2 * source.nbytes}
     variants: Variants = {"copy": lambda: target.copy_(source)}
-    ours = set()
-    for name, run, others, inputs, forward, backward in cases:
-        ours |= {f"{name} forward", f"{name} backward"}
-        for label, call in {name: run, **{f"{name} of {peer}": call for peer, call in others.items()}}.items():
-            variants |= {f"{label} forward": call, f"{label} backward": _backward_of(call(), inputs)}
+    notes: dict[str, Row] = {}
+    lost: list[Row] = []
+    for name, (ours, others, forward, backward) in cases.items():
+        found, said = running(ours, others)
+        for label, peer in {name: ours, **{f"{name} of {other}": peer for other, peer in found.items()}}.items():
+            variants |= {f"{label} forward": _forward(peer), f"{label} backward": _backward(peer)}
             moved |= {f"{label} forward": forward, f"{label} backward": backward}
+        for other, row in said.items():
+            label = f"{name} of {other}"
+            if other in found:
+                notes |= {f"{label} forward": row, f"{label} backward": row}
+            else:
+                lost.append(row | {"what": label})
     rows = timed(place, variants, 8)
     for name, row in rows.items():
         row["GB/s"] = moved[name] / row["ms"] / 1e6
-        if name in ours:
+        row |= notes.get(name, {})
+        if name.rpartition(" ")[0] in cases:
             _ratio(row, "of the copy", row["GB/s"] / rows["copy"]["GB/s"], ">= 0.80, 0.90")
-    return list(rows.values())
+    return [*rows.values(), *lost]
 
 
 def embedding(place: Place) -> list[Row]:
@@ -311,19 +280,25 @@ def embedding(place: Place) -> list[Row]:
     tokens = frequency.multinomial(count, replacement=True).int()
     layout = Layout.from_lengths([count // 4] * 4, device=place.device)
     noise = Noise(5.0, 1, 2)
-    variants: Variants = {
-        "F.embedding": lambda: F.embedding(tokens, weight),
-        "embed": lambda: embed(tokens, weight),
-        "embed with noise": lambda: embed(tokens, weight, noise=noise, layout=layout),
+    ours = Peer(lambda w: embed(tokens, w), (weight,))
+    scale = 5.0 / (count // 4 * dim) ** 0.5
+    found, said = running(ours, peers.embedding(tokens, weight, scale, place.small))
+    ways = {
+        "F.embedding": Peer(lambda w: F.embedding(tokens, w), (weight,)),
+        "embed": ours,
+        "embed with noise": Peer(lambda w: embed(tokens, w, noise=noise, layout=layout), (weight,)),
+        **found,
     }
-    gradients = {f"{name} backward": _backward_of(run(), [weight]) for name, run in variants.items()}
-    rows = timed(place, variants | gradients)
+    variants: Variants = {name: _forward(way) for name, way in ways.items()}
+    rows = timed(place, variants | {f"{name} backward": _backward(way) for name, way in ways.items()})
     for name, run in variants.items():
         rows[name]["peak MiB"] = peak_memory(place, run)
+    for name, row in said.items():
+        rows[name] = rows.get(name, {}) | row
     noisy = rows["embed with noise"]
     _ratio(noisy, "of F.embedding", noisy["ms"] / rows["F.embedding"]["ms"], "<= 1.10, 1.05")
-    ours = rows["embed backward"]
-    _ratio(ours, "of F.embedding's", ours["ms"] / rows["F.embedding backward"]["ms"], "<= 1.0")
+    backward = rows["embed backward"]
+    _ratio(backward, "of F.embedding's", backward["ms"] / rows["F.embedding backward"]["ms"], "<= 1.0")
     return list(rows.values())
 
 

@@ -6,8 +6,14 @@ import csv
 from pathlib import Path
 from typing import Any
 
-# The columns of the table, of those that a row may have; a ratio's own name is in `ratio`.
-COLUMNS = ("ms", "spread", "runs", "GB/s", "TFLOP/s", "of ceiling", "peak MiB", "saved MiB", "ratio", "value", "target")
+from tokenmill.bench.gpu import PACKAGES
+
+# The columns of the table, of those that a row may have; after them one for each ratio, "of the copy" and the like.
+COLUMNS = (
+    "ms", "spread", "runs", "GB/s", "TFLOP/s", "backward TFLOP/s", "peak MiB", "saved MiB", "difference", "note",
+    "target", "of ceiling",
+)  # fmt: skip
+ABOUT = ("date", "device", "torch", "triton", "cuda", "packages", "part", "what")
 UNITS = {"GB/s": "copy", "TFLOP/s": "product"}  # the ceiling that a rate is a share of
 
 
@@ -15,6 +21,7 @@ def measurements(report: dict[str, Any]) -> list[dict[str, Any]]:
     """A flat row for each timing of a visit's report, with the date, the device and the versions."""
     (machine,) = report["machine"]["rows"]
     about = {"date": report["date"]} | {key: machine.get(key) for key in ("device", "torch", "triton", "cuda")}
+    about["packages"] = " ".join(f"{name}-{machine[name]}" for name in PACKAGES if machine.get(name))
     timings = {
         name.rpartition(":")[2]: [row for row in part.get("rows", []) if isinstance(row.get("ms"), float)]
         for name, part in report["parts"].items()
@@ -29,13 +36,10 @@ def measurements(report: dict[str, Any]) -> list[dict[str, Any]]:
     for part, rows in timings.items():
         for row in rows:
             flat = {**about, "part": part, "what": row["what"]}
-            flat |= {key: row[key] for key in COLUMNS if key in row}
+            flat |= {key: value for key, value in row.items() if key in COLUMNS or key.startswith("of ")}
             for unit in UNITS:
                 if unit in row and unit in ceilings:
                     flat["of ceiling"] = row[unit] / ceilings[unit]
-            ratio = next((key for key in row if key.startswith("of ")), None)
-            if ratio is not None:
-                flat |= {"ratio": ratio, "value": row[ratio]}
             result.append(flat)
     return result
 
@@ -44,8 +48,8 @@ def write_csv(report: dict[str, Any], path: Path) -> None:
     """One line a timing."""
     rows = measurements(report)
     with path.open("w", newline="") as file:
-        about = ("date", "device", "torch", "triton", "cuda", "part", "what")
-        writer = csv.DictWriter(file, [*about, *COLUMNS], lineterminator="\n")
+        columns = dict.fromkeys([*ABOUT, *COLUMNS, *(key for row in rows for key in row)])
+        writer = csv.DictWriter(file, [*columns], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

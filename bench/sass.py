@@ -17,7 +17,7 @@ def examine(code: str) -> dict[str, Any]:
 
     tensor_core_instructions   HMMA, HGMMA, UTCHMMA, ...
     async_copies               from global to shared memory: LDGSTS, UTMALDG, UBLKCP
-    main_loop_is_synchronous   there are tensor-core instructions in loops, and no asynchronous copies in those loops
+    main_loop_is_synchronous   of the innermost loops around tensor-core instructions, one has no asynchronous copies
     global_load_bytes          the width of a thread's load with which most bytes are loaded: None where there is none,
                                or where tensor memory accesses carry the data
     global_store_bytes         the same of stores
@@ -48,7 +48,7 @@ def examine(code: str) -> dict[str, Any]:
     return {
         "tensor_core_instructions": len(products),
         "async_copies": len(copies),
-        "main_loop_is_synchronous": bool(main_loops) and not any(i in loop for loop in main_loops for i in copies),
+        "main_loop_is_synchronous": any(not any(i in loop for i in copies) for loop in main_loops),
         "global_load_bytes": None if places("UTMALDG", "UBLKCP") else _width([opcodes[i] for i in places("LDG")]),
         "global_store_bytes": None if places("UTMASTG") else _width([opcodes[i] for i in places("STG")]),
         "uses_local_memory": bool(places("STL", "LDL")),

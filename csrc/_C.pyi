@@ -1,6 +1,7 @@
 """tokenmill's host core (csrc/). Bad input raises ValueError; a type or integer range that does not fit, TypeError."""
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,15 +29,31 @@ def pack(lengths: ArrayLike, capacity: int) -> tuple[NDArray[np.int64], NDArray[
     """
 
 class Mixture:
-    """Which of m weighted sources each sample comes from; at every prefix counts are within 1 of the exact shares."""
+    """Which of m sources each sample comes from; at every prefix counts are within 1 of the exact shares.
 
-    def __init__(self, weights: ArrayLike) -> None:
-        """`weights` (m,) float64, positive."""
+    An order's counts are its whole state: `seek` goes anywhere at once, `draw` at the price of what is before.
+    """
+
+    WHOLE: ClassVar[int]  # a share of 1
+
+    def __init__(self, starts: NDArray[np.uint64], shares: NDArray[np.uint64]) -> None:
+        """From sample `starts[p]` on (P,), source i has the share `shares[p, i]` (P, m), in units of 1 / WHOLE; each
+        row adds up to WHOLE. A last row of zeros: the samples end there."""
 
     def draw(self, start: int, count: int) -> tuple[NDArray[np.uint16], NDArray[np.uint64]]:
         """Samples `start` to `start + count`: the source of each (count,) uint16, and how many samples of that source
         came before it (count,) uint64. A pure function of its arguments; going on from the last call is the cheap way.
         """
+
+    def seek(self, position: int, counts: NDArray[np.uint64]) -> None:
+        """Go on from sample `position`, where `counts` (m,) were those below.
+
+        Raises ValueError where they cannot be.
+        """
+
+    @property
+    def counts(self) -> NDArray[np.uint64]:
+        """(m,) how many of the samples up to where it stands came from each source."""
 
 class PieceCache:
     """An exact cache in front of a tokenizer whose ids of a text are those of its parts: texts are cut between any two
@@ -64,9 +81,27 @@ def assemble(
     shard: ArrayLike,
     start: ArrayLike,
     length: ArrayLike,
-) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]:
+    out_tokens: NDArray[np.int32],
+    targets: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    positions: NDArray[np.int32],
+    cu_seqlens: NDArray[np.int32],
+) -> None:
     """Documents (or parts) gathered from shards: part i is `tokens[shard[i]][start[i]:start[i] + length[i]]`.
 
-    `silent[s]` (S, 2) uint64 are the spans of shard s that carry no loss, sorted and not overlapping. Returns tokens,
-    targets, weights and positions, (T,) each, and cu_seqlens (P + 1,), as `Batch.from_documents` would.
+    `silent[s]` (S, 2) uint64 are the spans of shard s that carry no loss, sorted and not overlapping. Fills the last
+    five, (T,) each and cu_seqlens (P + 1,), as `Batch.from_documents` would.
     """
+
+def find_damaged(
+    tokens: Sequence[NDArray[np.uint16] | NDArray[np.uint32]],
+    crc32: Sequence[NDArray[np.uint32]],
+    checked: Sequence[NDArray[np.bool_]],
+    shard: ArrayLike,
+    start: ArrayLike,
+    length: ArrayLike,
+    block: int,
+) -> int:
+    """The first of the parts (as in `assemble`) that needs a block of `block` bytes whose checksum is not the one in
+    `crc32[shard]`; -1 where there is none. Blocks with a True in `checked[shard]` are not read again, and those found
+    good get one."""

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "assemble.hpp"
+#include "checksum.hpp"
 #include "mixture.hpp"
 #include "packing.hpp"
 #include "permutation.hpp"
@@ -18,7 +19,6 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 using Int64s = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
-using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
 template <class T, int Flags>
 std::span<const T> view(const py::array_t<T, Flags>& array) {
@@ -92,21 +92,39 @@ std::vector<Shard> as_shards(const std::vector<py::array>& tokens, const std::ve
   return shards;
 }
 
-py::tuple make_batch(const std::vector<py::array>& tokens, const std::vector<Array<std::uint64_t>>& silent,
-                     const Int64s& shard, const Int64s& start, const Int64s& length) {
+template <class T>
+T* rows_of(Array<T>& array, const char* name, std::int64_t size) {
+  if (array.ndim() != 1 || array.size() != size)
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(array.size()) + " entries, expected " +
+                                std::to_string(size));
+  return array.mutable_data();
+}
+
+void fill_batch(const std::vector<py::array>& tokens, const std::vector<Array<std::uint64_t>>& silent,
+                const Int64s& shard, const Int64s& start, const Int64s& length, Array<std::int32_t>& out_tokens,
+                Array<std::int64_t>& targets, Array<float>& weights, Array<std::int32_t>& positions,
+                Array<std::int32_t>& cu_seqlens) {
   const std::vector<Shard> shards = as_shards(tokens, silent);
   const Parts parts{view(shard), view(start), view(length)};
   const std::int64_t rows = check_parts(shards, parts);
-  py::array_t<std::int32_t> out_tokens(rows), positions(rows), cu_seqlens(length.size() + 1);
-  py::array_t<std::int64_t> targets(rows);
-  py::array_t<float> weights(rows);
-  const Rows out{out_tokens.mutable_data(), targets.mutable_data(), weights.mutable_data(), positions.mutable_data(),
-                 cu_seqlens.mutable_data()};
-  {
-    py::gil_scoped_release release;
-    assemble(shards, parts, out);
-  }
-  return py::make_tuple(out_tokens, targets, weights, positions, cu_seqlens);
+  const Rows out{rows_of(out_tokens, "out_tokens", rows), rows_of(targets, "targets", rows),
+                 rows_of(weights, "weights", rows), rows_of(positions, "positions", rows),
+                 rows_of(cu_seqlens, "cu_seqlens", length.size() + 1)};
+  py::gil_scoped_release release;
+  assemble(shards, parts, out);
+}
+
+std::int64_t find_damaged_part(const std::vector<py::array>& tokens, const std::vector<Array<std::uint32_t>>& crc32,
+                               std::vector<Array<bool>>& checked, const Int64s& shard, const Int64s& start,
+                               const Int64s& length, std::uint64_t block) {
+  const std::vector<Shard> shards = as_shards(tokens, std::vector<Array<std::uint64_t>>(tokens.size()));
+  if (crc32.size() != checked.size()) throw std::invalid_argument("one list of sums a shard is needed");
+  std::vector<BlockSums> sums;
+  for (std::size_t i = 0; i < crc32.size(); ++i)
+    sums.push_back({view(crc32[i]), {checked[i].mutable_data(), static_cast<std::size_t>(checked[i].size())}});
+  const Parts parts{view(shard), view(start), view(length)};
+  py::gil_scoped_release release;
+  return find_damaged(shards, sums, parts, block);
 }
 
 py::tuple encode_texts(PieceCache& cache, const py::list& list, const py::function& encode_words) {
@@ -168,12 +186,21 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack", &make_packs, py::arg("lengths"), py::arg("capacity"));
 
   py::class_<Mixture>(m, "Mixture")
-      .def(py::init([](const Doubles& weights) {
-             const auto values = view(weights);
-             return Mixture(std::vector<double>(values.begin(), values.end()));
+      .def(py::init([](const Array<std::uint64_t>& starts, const Array<std::uint64_t>& shares) {
+             if (starts.ndim() != 1 || shares.ndim() != 2 || shares.shape(0) != starts.shape(0))
+               throw std::invalid_argument("starts must be (P,) and shares (P, m)");
+             return Mixture(view(starts), view(shares));
            }),
-           py::arg("weights"))
-      .def("draw", &draw, py::arg("start"), py::arg("count"));
+           py::arg("starts").noconvert(), py::arg("shares").noconvert())
+      .def("draw", &draw, py::arg("start"), py::arg("count"))
+      .def(
+          "seek",
+          [](Mixture& mixture, std::uint64_t position, const Array<std::uint64_t>& counts) {
+            mixture.seek(position, view(counts));
+          },
+          py::arg("position"), py::arg("counts").noconvert())
+      .def_property_readonly("counts", [](const Mixture& m) { return to_array(m.counts()); })
+      .def_readonly_static("WHOLE", &Mixture::kWhole);
 
   py::class_<PieceCache>(m, "PieceCache")
       .def(py::init([](const Array<std::uint8_t>& joins, bool adds_space, std::size_t limit) {
@@ -183,6 +210,9 @@ PYBIND11_MODULE(_C, m) {
       .def("__len__", &PieceCache::size)
       .def("encode", &encode_texts, py::arg("texts"), py::arg("encode_words"));
 
-  m.def("assemble", &make_batch, py::arg("tokens"), py::arg("silent"), py::arg("shard"), py::arg("start"),
-        py::arg("length"));
+  m.def("assemble", &fill_batch, py::arg("tokens"), py::arg("silent"), py::arg("shard"), py::arg("start"),
+        py::arg("length"), py::arg("out_tokens").noconvert(), py::arg("targets").noconvert(),
+        py::arg("weights").noconvert(), py::arg("positions").noconvert(), py::arg("cu_seqlens").noconvert());
+  m.def("find_damaged", &find_damaged_part, py::arg("tokens"), py::arg("crc32"), py::arg("checked"), py::arg("shard"),
+        py::arg("start"), py::arg("length"), py::arg("block"));
 }

@@ -14,6 +14,8 @@ from torch import Tensor
 from tokenmill import _C
 from tokenmill.kernels.layout import GHOST, IGNORE, Layout, bucket
 
+ROWS = (torch.int32, torch.int64, torch.float32, torch.int32)  # of a Batch: tokens, targets, weights, positions
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -72,27 +74,39 @@ class Batch:
         *,
         document_ids: NDArray[np.int64],
         source_ids: NDArray[Any],
+        pinned: bool = False,
     ) -> Batch:
         """Documents gathered from arrays, usually mapped files: `tokens[shard[i]][start[i]:start[i] + length[i]]`.
 
-        `silent[s]` (S, 2): spans of shard s that carry no loss, sorted; all else has weight 1. Otherwise the same as
-        `from_documents`. Raises ValueError where a document is not wholly inside its shard.
+        `silent[s]` (S, 2): spans of shard s that carry no loss, sorted; all else has weight 1. `pinned` memory is what
+        a GPU copies from without the CPU. Otherwise the same as `from_documents`. Raises ValueError where a document is
+        not wholly inside its shard.
         """
-        flat, targets, weights, positions, cu_seqlens = _C.assemble(tokens, silent, shard, start, length)
-        layout = Layout(
-            torch.from_numpy(positions),
-            torch.from_numpy(cu_seqlens),
-            bucket(int(length.max(initial=0))),
-            torch.from_numpy(document_ids.astype(np.int64)),
-            torch.from_numpy(length.astype(np.int32)),
-        )
+        if length.min(initial=1) < 1 or length.astype(np.float64).sum() >= 2**31:
+            raise ValueError("documents must have from 1 to, all together, 2**31 - 1 tokens")
+        total = int(length.sum())
+        rows = [torch.empty(total, dtype=dtype, pin_memory=pinned) for dtype in ROWS]
+        cu_seqlens = torch.empty(len(length) + 1, dtype=torch.int32, pin_memory=pinned)
+        _C.assemble(tokens, silent, shard, start, length, *(row.numpy() for row in (*rows, cu_seqlens)))
+        flat, targets, weights, positions = rows
+
+        def tensor(values: NDArray[Any], dtype: type) -> Tensor:
+            made = torch.from_numpy(values.astype(dtype))
+            return made.pin_memory() if pinned else made
+
         return Batch(
-            torch.from_numpy(flat),
-            torch.from_numpy(targets),
-            torch.from_numpy(weights),
-            torch.from_numpy(np.flatnonzero(weights).astype(np.int32)),
-            torch.from_numpy(source_ids.astype(np.int32)),
-            layout,
+            flat,
+            targets,
+            weights,
+            tensor(np.flatnonzero(weights.numpy()), np.int32),
+            tensor(source_ids, np.int32),
+            Layout(
+                positions,
+                cu_seqlens,
+                bucket(int(length.max(initial=0))),
+                tensor(document_ids, np.int64),
+                tensor(length, np.int32),
+            ),
         )
 
     @staticmethod
@@ -138,6 +152,11 @@ class Batch:
                 lengths,
             ),
         )
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds, its layout's included."""
+        found = [*vars(self).values(), *vars(self.layout).values(), *vars(self.layout.keys or object).values()]
+        return [value for value in found if isinstance(value, Tensor)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""

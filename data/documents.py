@@ -3,7 +3,7 @@
 | suffix | a document is |
 | --- | --- |
 | `.txt` | the file |
-| `.jsonl` | a line: `{"text": ...}`, an Alpaca row, or `{"messages": [...]}` |
+| `.jsonl` | a line: `{"text": ...}`, preferences (data/preference.py), `{"messages": [...]}`, or an Alpaca row |
 | `.parquet` | a row with the same keys as columns |
 
 The first two may be compressed (`.gz`, `.zst`).
@@ -24,6 +24,7 @@ from typing import IO, Any, cast
 
 from tokenmill.data.chat import Message, alpaca_messages, parse
 from tokenmill.data.errors import DataError
+from tokenmill.data.preference import Pair, is_pair, parse_pair
 
 SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 PIECE = 1 << 20  # bytes of content to a piece, or one document where it is larger
@@ -221,8 +222,9 @@ def _is_text(path: Path) -> bool:
     return (_suffix(path) or "").startswith(".txt")
 
 
-def content(row: Mapping[str, Any], text_key: str) -> str | Sequence[Message]:
-    """What a row holds: a text, or the messages of a conversation. Raises DataError where it holds neither."""
+def content(row: Mapping[str, Any], text_key: str) -> str | Pair | Sequence[Message]:
+    """What a row holds: a text, a preference pair, or the messages of a conversation. Raises DataError where it holds
+    none of these."""
     if text_key in row:
         text = row[text_key]
         if not isinstance(text, str):
@@ -230,21 +232,25 @@ def content(row: Mapping[str, Any], text_key: str) -> str | Sequence[Message]:
         if not text.strip():
             raise DataError(f"{text_key!r} is empty")
         return text
+    if is_pair(row):  # before messages, which such rows repeat the chosen ones in
+        return parse_pair(row)
     if "messages" in row:
         return row["messages"]
     if "instruction" in row and "output" in row:
         return alpaca_messages(row)
     found = ", ".join(map(repr, row)) or "none"
     raise DataError(
-        f"no key {text_key!r}, 'messages', or 'instruction' with 'output' (found {found}): "
+        f"no key {text_key!r}, 'messages', 'instruction' with 'output', or 'chosen' with 'rejected' (found {found}): "
         "name the key of the text (--text-key)"
     )
 
 
-def texts(content: str | Sequence[Message]) -> list[str]:
+def texts(content: str | Pair | Sequence[Message]) -> list[str]:
     """The texts in what a row holds: itself, or the system prompt and each turn. Raises DataError as `parse` does."""
     if isinstance(content, str):
         return [content]
+    if isinstance(content, Pair):
+        return content.texts()
     system, turns = parse(content)
     return [text for text in (system, *(turn["content"] for turn in turns)) if text]
 

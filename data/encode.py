@@ -21,10 +21,13 @@ from tokenmill.data.chat import render
 from tokenmill.data.decontaminate import Evaluations
 from tokenmill.data.documents import Piece, content, rows, texts
 from tokenmill.data.errors import DataError
+from tokenmill.data.preference import Pair, render_pair
 from tokenmill.data.shard import Documents, silent_spans, token_dtype
 from tokenmill.data.tokenizer import Tokenizer
 
 T = TypeVar("T")
+
+MIXED = "preference pairs and other documents do not go into one stream: prepare each for itself"
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,12 @@ class Encoded:
     keys: NDArray[np.uint64] | None  # (N, K) of data/dedupe.py
     places: list[str]  # N, for a message
     contaminated: list[tuple[str, str, str]]  # source, place and what is shared, of each left out
+    pairs: bool | None  # whether they are preference pairs; None where there are none
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How documents are made of rows. A plain one is BOS, its text, EOS; a conversation is rendered."""
+    """How documents are made of rows. A plain one is BOS, its text, EOS; a conversation or a pair is rendered."""
 
     tokenizer: Tokenizer
     text_key: str
@@ -56,6 +60,7 @@ class Encoder:
         sources: dict[str, int] = {}
         whole: list[str] = []  # all the text of each document
         source_ids, sizes, places, contaminated = [], [], [], []
+        pairs: bool | None = None
         for piece in pieces:
             for where, row in rows(piece, self.text_key):
                 try:
@@ -66,8 +71,14 @@ class Encoder:
                     if self.evaluations and (shared := self.evaluations.find(text)):
                         contaminated.append((source, where, f"shares {shared!r}"))
                         continue
+                    if pairs is None:
+                        pairs = isinstance(found, Pair)
+                    if pairs != isinstance(found, Pair):
+                        raise DataError(MIXED)
                     if isinstance(found, str):
                         plain.append(found)
+                    elif isinstance(found, Pair):
+                        chats[len(places)] = render_pair(found, self.tokenizer, self.template)
                     else:
                         chats[len(places)] = render(found, self.tokenizer, self.template)
                 except DataError as error:
@@ -86,6 +97,7 @@ class Encoder:
             dedupe.keys(whole, self.dedupe) if self.dedupe else None,
             places,
             contaminated,
+            pairs,
         )
 
 

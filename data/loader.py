@@ -2,23 +2,28 @@
 
 A sample is a pack of a stream's plan. Step s takes the samples [s * packs_per_step, (s + 1) * packs_per_step) of one
 global order, and each rank a slice of them. So the state of the data is a sample number, a seed and a fingerprint, and
-a run goes on at any number of ranks with the samples that it would have seen.
+a run goes on at any number of ranks with the samples that it would have seen. (How many of those samples each source
+gave follows from their number; it is kept beside it, so that nothing has to be counted again.)
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenmill import _C
 from tokenmill.data.batch import Batch
 from tokenmill.data.errors import DataError
-from tokenmill.data.mixture import SampleOrder
-from tokenmill.data.packing import Plan, cut
+from tokenmill.data.mixture import Feed, SampleOrder
+from tokenmill.data.packing import Overlong, Plan, count_overlong, cut
+from tokenmill.data.shard import BLOCK
 from tokenmill.data.stream import TokenStream
 
 PART_BITS = 40  # a document's id in a batch is its source << PART_BITS | its part: the same in every layout
@@ -26,14 +31,31 @@ PART_BITS = 40  # a document's id in a batch is its source << PART_BITS | its pa
 
 @dataclass(frozen=True)
 class Source:
-    """A stream and its share of the samples, relative to the other sources'."""
+    """A stream and its share of the samples."""
 
     stream: TokenStream
-    weight: float = 1.0
+    weight: float | Sequence[tuple[int, float]] = 1.0  # relative to the others'; or (step, weight from that step on)
+    epochs: float | None = None  # passes over the stream, then it gives no more; None: begins again as often as asked
 
     @property
     def name(self) -> str:
         return self.stream.name
+
+    @property
+    def weights(self) -> list[tuple[int, float]]:
+        """The weight from each step on. Raises DataError where that makes no sense."""
+        if isinstance(self.weight, (int, float)):
+            weights, sensible = [(0, float(self.weight))], self.weight > 0
+        else:
+            weights = [(int(step), float(weight)) for step, weight in self.weight]
+            steps = [step for step, _ in weights]
+            sensible = steps[:1] == [0] and all(a < b for a, b in pairwise(steps)) and any(w > 0 for _, w in weights)
+        if not sensible or not all(np.isfinite(weight) and weight >= 0 for _, weight in weights):
+            raise DataError(
+                f"{self.stream.folder}: weight {self.weight}, expected a positive number, or pairs of a step and the "
+                "weight from there on, from step 0 on, later and later, not all 0"
+            )
+        return weights
 
 
 @dataclass(frozen=True)
@@ -44,10 +66,13 @@ class StepData:
     total_weight: float  # of all targets of the step, over all ranks and micro-batches: what the loss is divided by
     total_tokens: int  # of the step, over all ranks and micro-batches, ghosts not counted
     samples: range  # the global sample numbers of the step, over all ranks
+    state: dict[str, Any]  # of the data once this step is done with
+    notices: list[str]  # what is worth a line in the log: a source begins again, or has no more
 
 
 class Loader:
-    """Endless: `next(loader)` is the next step. Sources begin again, in another order, when they run out."""
+    """`next(loader)` is the next step. Sources begin again, in another order, when they run out; where all of them
+    have an end, so has the loader."""
 
     def __init__(
         self,
@@ -60,8 +85,12 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         samples: int = 0,
+        overlong: Overlong = "split",
+        pinned: bool = False,
     ) -> None:
         """`packs_per_step` counts over all ranks, `packs_per_micro_batch` on one; `samples` were consumed before.
+        `overlong` documents are split, rejected or an error. `pinned` batches are in memory that a GPU copies from
+        without the CPU.
 
         Raises DataError where there is no source, two were made by different tokenizers, or a number is out of range.
         """
@@ -78,28 +107,39 @@ class Loader:
             raise DataError(f"rank {rank} of {world}, samples {samples} or seed {seed} is out of range")
         first = sources[0].stream
         for source in sources:
-            if not (np.isfinite(source.weight) and source.weight > 0):
-                raise DataError(f"{source.stream.folder}: weight {source.weight}, expected a positive number")
             if source.stream.tokenizer_sha256 != first.tokenizer_sha256:
                 raise DataError(
                     f"{first.folder} was made by tokenizer {first.tokenizer_name!r} ({first.tokenizer_sha256[:16]}), "
                     f"{source.stream.folder} by {source.stream.tokenizer_name!r} "
                     f"({source.stream.tokenizer_sha256[:16]}): prepare both with one tokenizer"
                 )
+        weights = [source.weights for source in sources]
         self.sources = list(sources)
-        self.plans = [Plan.make(source.stream, sequence_length) for source in sources]
+        self.plans = [Plan.make(source.stream, sequence_length, overlong=overlong) for source in sources]
+        self.sequence_length = sequence_length
         self.packs_per_step = packs_per_step
         self.packs_per_micro_batch = packs_per_micro_batch
+        self.overlong: Overlong = overlong
         self.seed = seed
         self.rank = rank
         self.world = world
         self.samples = samples
-        weights = [float(source.weight) for source in sources]
+        feeds = [
+            Feed(
+                len(plan),
+                tuple((step * packs_per_step, weight) for step, weight in steps),
+                _limit(source, len(plan)),
+            )
+            for source, plan, steps in zip(sources, self.plans, weights, strict=True)
+        ]
         self.fingerprint = hashlib.sha256(
-            repr([(plan.fingerprint, weight) for plan, weight in zip(self.plans, weights, strict=True)]).encode()
+            repr([(plan.fingerprint, feed) for plan, feed in zip(self.plans, feeds, strict=True)]).encode()
         ).hexdigest()
-        self._order = SampleOrder(weights, [len(plan) for plan in self.plans], seed)
-        self._gather = _Gather([source.stream for source in sources])
+        try:
+            self._order = SampleOrder(feeds, seed)
+        except ValueError as error:
+            raise DataError(f"the weights and epochs of the sources do not fit: {error}") from None
+        self._gather = _Gather([source.stream for source in sources], pinned)
 
     @property
     def packs_per_epoch(self) -> int:
@@ -111,9 +151,38 @@ class Loader:
         """Tokens of all sources together, each once."""
         return sum(int(plan.tokens.sum()) for plan in self.plans)
 
+    @property
+    def steps(self) -> int | None:
+        """Steps until all sources have run out, the last of which may be smaller; None where there is no end."""
+        samples = self._order.samples
+        return None if samples is None else math.ceil(samples / self.packs_per_step)
+
+    def summary(self, steps: int) -> list[str]:
+        """A line for each source: what of it is used, and how often in so many steps."""
+        passes = self._order.share(steps * self.packs_per_step)
+        lines = []
+        for source, plan, share, end in zip(self.sources, self.plans, passes, self._order.ends, strict=True):
+            stream, weights = source.stream, source.weights
+            said = [f"weight {weights[0][1]:g}", *(f"{weight:g} from step {step:,}" for step, weight in weights[1:])]
+            line = (
+                f"{stream.folder}: {len(stream):,} documents, {stream.tokens:,} tokens in {len(plan):,} packs "
+                f"({_padding(plan):.2%} padding), {', '.join(said)}; {share / len(plan):.2f} epochs in {steps:,} steps"
+            )
+            if end is not None and end < steps * self.packs_per_step:
+                line += f", no more from step {end // self.packs_per_step:,} on"
+            elif share > len(plan):
+                line += ", so it begins again"
+            if overlong := count_overlong(stream, self.sequence_length):
+                fate = "left out" if self.overlong == "reject" else "cut into parts"
+                line += f"; {overlong:,} documents of more than {self.sequence_length:,} tokens are {fate}"
+            lines.append(line)
+        return lines
+
     def state_dict(self) -> dict[str, Any]:
-        """All there is to the state of the data: `samples`, `seed`, `fingerprint`."""
-        return {"samples": self.samples, "seed": self.seed, "fingerprint": self.fingerprint}
+        """All there is to the state of the data: `samples`, `seed`, `fingerprint`; and `drawn`, how many of those
+        samples each source gave."""
+        drawn = self._order.drawn(self.samples).tolist()
+        return {"samples": self.samples, "seed": self.seed, "fingerprint": self.fingerprint, "drawn": drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken, at whatever number of ranks.
@@ -127,29 +196,51 @@ class Loader:
             )
         if state["seed"] != self.seed:
             raise DataError(f"the data's seed is {self.seed}, the checkpoint's {state['seed']}: resume with the same")
+        try:
+            self._order.seek(state["samples"], state["drawn"])
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
+            raise DataError(f"the checkpoint's state of the data is damaged: {error}") from None
         self.samples = state["samples"]
 
     def __iter__(self) -> Iterator[StepData]:
         return self
 
     def __next__(self) -> StepData:
-        start, count = self.samples, self.packs_per_step
+        start, end = self.samples, self._order.samples
+        count = self.packs_per_step if end is None else min(self.packs_per_step, end - start)
+        if count <= 0:
+            raise StopIteration
+        before = self._order.drawn(start)
         sources, packs = self._order.take(start, count)
         totals = [(self.plans[s].weights[k], self.plans[s].tokens[k]) for s, k in zip(sources, packs, strict=True)]
-        begin, end = count * self.rank // self.world, count * (self.rank + 1) // self.world
+        first, last = count * self.rank // self.world, count * (self.rank + 1) // self.world
         size = self.packs_per_micro_batch
         most = -(-count // self.world)  # packs of the rank that has the most
         micro_batches = [
-            self._batch(sources[i : min(i + size, end)], packs[i : min(i + size, end)]) if i < end else Batch.ghost()
-            for i in range(begin, begin + most, size)
+            self._batch(sources[i : min(i + size, last)], packs[i : min(i + size, last)]) if i < last else Batch.ghost()
+            for i in range(first, first + most, size)
         ]
         self.samples += count
+        state = self.state_dict()
         return StepData(
             micro_batches,
             total_weight=float(sum(weight for weight, _ in totals)),
             total_tokens=int(sum(tokens for _, tokens in totals)),
             samples=range(start, start + count),
+            state=state,
+            notices=self._notices(before.tolist(), state["drawn"]),
         )
+
+    def _notices(self, before: Sequence[int], after: Sequence[int]) -> list[str]:
+        """What becomes of the sources that have given all their packs for the first time, or their last."""
+        notices = []
+        for source, plan, a, b in zip(self.sources, self.plans, before, after, strict=True):
+            limit = _limit(source, len(plan))
+            if a < b == limit:
+                notices.append(f"{source.stream.folder}: has given its {source.epochs:g} epochs, and gives no more")
+            elif a <= len(plan) < b:
+                notices.append(f"{source.stream.folder}: has given all its {len(plan):,} packs, and begins again")
+        return notices
 
     def _batch(self, sources: NDArray[np.int64], packs: NDArray[np.int64]) -> Batch:
         parts = [self.plans[s].parts(int(k)) for s, k in zip(sources, packs, strict=True)]
@@ -160,6 +251,19 @@ class Loader:
         )
         document_ids = source_ids << PART_BITS | np.concatenate(parts)
         return self._gather(source_ids, documents, begins, lengths, document_ids, source_ids)
+
+
+def _limit(source: Source, packs: int) -> int | None:
+    """How many packs a source gives at most."""
+    if source.epochs is None:
+        return None
+    if not 0 < source.epochs < 1e9:
+        raise DataError(f"{source.stream.folder}: epochs {source.epochs}, expected a positive number")
+    return max(1, round(source.epochs * packs))
+
+
+def _padding(plan: Plan) -> float:
+    return 1 - float(plan.tokens.sum()) / (len(plan) * plan.sequence_length)
 
 
 def sequential_batches(
@@ -184,7 +288,7 @@ def _sequential_batches(
     documents, begins, lengths, _ = cut(stream, sequence_length)
     ends = np.cumsum(lengths)
     stop = len(ends) if max_tokens is None else int(np.searchsorted(ends, max_tokens)) + 1
-    gather = _Gather([stream])
+    gather = _Gather([stream], pinned=False)
     first = 0
     while first < min(stop, len(ends)):
         before = ends[first] - lengths[first]
@@ -204,12 +308,15 @@ def _sequential_batches(
 class _Gather:
     """Parts of the documents of several streams to one batch."""
 
-    def __init__(self, streams: Sequence[TokenStream]) -> None:
+    def __init__(self, streams: Sequence[TokenStream], pinned: bool) -> None:
         shards = [shard for stream in streams for shard in stream.shards]
         self._streams = streams
+        self._pinned = pinned
         self._shards = shards
         self._tokens = [shard.tokens for shard in shards]
         self._silent = [shard.silent for shard in shards]
+        self._crc32 = [np.asarray(shard.crc32, np.uint32) for shard in shards]
+        self._checked = [shard.checked for shard in shards]
         self._first_shard = np.cumsum([0] + [len(stream.shards) for stream in streams])
 
     def __call__(
@@ -227,8 +334,18 @@ class _Gather:
             here, stream = streams == i, self._streams[i]
             shard[here] = self._first_shard[i] + stream.shard_ids[documents[here]]
             start[here] = stream.starts[documents[here]]
-        for i, begin, length in zip(shard, start + begins, lengths, strict=True):
-            self._shards[i].check(int(begin), int(begin + length))
+        start += begins
+        damaged = _C.find_damaged(self._tokens, self._crc32, self._checked, shard, start, lengths, BLOCK)
+        if damaged >= 0:
+            begin = int(start[damaged])
+            self._shards[shard[damaged]].check(begin, begin + int(lengths[damaged]))  # raises, naming file and block
         return Batch.from_shards(
-            self._tokens, self._silent, shard, start + begins, lengths, document_ids=document_ids, source_ids=source_ids
+            self._tokens,
+            self._silent,
+            shard,
+            start,
+            lengths,
+            document_ids=document_ids,
+            source_ids=source_ids,
+            pinned=self._pinned,
         )

@@ -56,6 +56,8 @@ def add_shards(folder: Path, manifest: dict[str, Any], others: Sequence[Path]) -
     reports = [manifest.get("report")]
     for other in others:
         theirs = read_manifest(other)
+        if theirs.get("pairs") != manifest.get("pairs"):
+            raise DataError(f"{other}: preference pairs and other documents do not go into one stream: keep both")
         number = np.array([names.setdefault(name, len(names)) for name in theirs["sources"]], "<u4")
         for i, entry in enumerate(theirs["shards"]):
             paths = {kind: shard_file(folder, len(shards), kind) for kind in KINDS}

@@ -2,7 +2,8 @@
 
 A document longer than the sequence is cut into parts, each a document of its own from then on. Neighbouring parts
 share one token, the last of one and the first of the next, so that every token of the document is predicted exactly
-once and no part is a single token. Parts without a token to learn from are left out.
+once and no part is a single token. Parts without a token to learn from are left out. Where parts of a document would be
+of no use, longer ones are rejected instead, or an error.
 
 The plan is made once and kept beside the stream, so that runs and ranks map it instead of making it again.
 """
@@ -15,6 +16,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,7 @@ from tokenmill.data.errors import DataError
 from tokenmill.data.stream import TokenStream
 
 VERSION = 1  # of how parts are cut and packed: another one is another plan
+Overlong = Literal["split", "reject", "error"]  # what becomes of documents longer than the sequence
 ARRAYS = ("documents", "begins", "lengths", "offsets", "items", "weights", "tokens")
 
 
@@ -49,29 +52,47 @@ class Plan:
         return self.items[self.offsets[pack] : self.offsets[pack + 1]]
 
     @staticmethod
-    def make(stream: TokenStream, sequence_length: int, folder: str | Path | None = None) -> Plan:
+    def make(
+        stream: TokenStream, sequence_length: int, folder: str | Path | None = None, *, overlong: Overlong = "split"
+    ) -> Plan:
         """The plan of a stream, mapped from `folder` (the stream's own if None) where it was made before, else made
         and kept there; kept in memory only where that folder cannot be written.
 
-        Raises DataError where sequence_length is below 2 or no document has a token to learn from.
+        Raises DataError where sequence_length is below 2, no document has a token to learn from, or one is overlong
+        and that is an error.
         """
         if sequence_length < 2:
             raise DataError(f"sequence_length is {sequence_length}: at least 2 tokens are needed to predict one")
-        home = Path(stream.folder if folder is None else folder) / f"plan-{sequence_length}"
-        content = f"{VERSION} {stream.fingerprint} {sequence_length}"
+        if overlong == "error" and (count := count_overlong(stream, sequence_length)):
+            raise DataError(
+                f"{stream.folder}: {count:,} of {len(stream):,} documents have more than {sequence_length:,} tokens "
+                f"(the longest {stream.lengths.max():,}): split or reject them, or choose a longer sequence"
+            )
+        if overlong != "reject":
+            overlong = "split"  # one without overlong documents is the same plan either way
+        name = f"plan-{sequence_length}" + ("-reject" if overlong == "reject" else "")
+        home = Path(stream.folder if folder is None else folder) / name
+        content = f"{VERSION} {stream.fingerprint} {sequence_length} {overlong}"
         fingerprint = hashlib.sha256(content.encode()).hexdigest()
         plan = _load(home, sequence_length, fingerprint)
         if plan is None:
-            plan = _make(stream, sequence_length, fingerprint)
+            plan = _make(stream, sequence_length, overlong, fingerprint)
             _save(plan, home)
         return plan
 
 
-def cut(stream: TokenStream, sequence_length: int) -> tuple[NDArray[np.int64], ...]:
+def count_overlong(stream: TokenStream, sequence_length: int) -> int:
+    """How many documents do not fit a sequence."""
+    return int((stream.lengths > sequence_length).sum())
+
+
+def cut(stream: TokenStream, sequence_length: int, overlong: Overlong = "split") -> tuple[NDArray[np.int64], ...]:
     """The parts of a stream in order, those without loss left out: documents, begins, lengths and how many tokens of
     each are predicted with loss, (P,) each."""
     stride = sequence_length - 1
     count = -(-(stream.lengths - 1) // stride)
+    if overlong == "reject":
+        count[count > 1] = 0
     documents = np.repeat(np.arange(len(stream)), count)
     first = np.repeat(np.cumsum(count) - count, count)
     begins = (np.arange(len(documents)) - first) * stride
@@ -81,10 +102,13 @@ def cut(stream: TokenStream, sequence_length: int) -> tuple[NDArray[np.int64], .
     return documents[taught], begins[taught], lengths[taught], loss[taught]
 
 
-def _make(stream: TokenStream, sequence_length: int, fingerprint: str) -> Plan:
-    documents, begins, lengths, loss = cut(stream, sequence_length)
+def _make(stream: TokenStream, sequence_length: int, overlong: Overlong, fingerprint: str) -> Plan:
+    documents, begins, lengths, loss = cut(stream, sequence_length, overlong)
     if not len(documents):
-        raise DataError(f"{stream.folder}: no document has a token with loss after its first: nothing to learn from")
+        fits = f" and fits {sequence_length} tokens" if overlong == "reject" else ""
+        raise DataError(
+            f"{stream.folder}: no document has a token with loss after its first{fits}: nothing to learn from"
+        )
     offsets, items = _C.pack(lengths, sequence_length)
     return Plan(
         sequence_length,

@@ -22,14 +22,16 @@ from tqdm import tqdm
 from tokenmill.data.decontaminate import Evaluations
 from tokenmill.data.dedupe import Dedupe, SeenKeys
 from tokenmill.data.documents import PIECE, Input, Piece, find_inputs, pieces
-from tokenmill.data.encode import Encoded, Encoder, encode
+from tokenmill.data.encode import MIXED, Encoded, Encoder, encode
+from tokenmill.data.errors import DataError
 from tokenmill.data.report import EXAMPLES, Report
 from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer
 from tokenmill.data.writer import StreamWriter
 
-VERSION = 1  # of how documents are made and compared: work of another version is begun anew
-COLUMNS = ("messages", "instruction", "input", "output")  # that a row may have beside its text
+VERSION = 2  # of how documents are made and compared: work of another version is begun anew
+# That a row may have beside its text.
+COLUMNS = ("messages", "instruction", "input", "output", "system", "prompt", "question", "chosen", "rejected")
 EXCERPT = 40  # tokens of a duplicate that is shown
 
 
@@ -60,10 +62,11 @@ def prepare(
     """Tokenise files, folders or patterns (see `find_inputs`) into the stream `output`, a folder that appears whole or
     not at all; with `append`, into new shards of the stream that is there.
 
-    A plain document is BOS, its text, EOS; a conversation is rendered with `template` (data/chat.py). Documents keep
-    the order of the inputs. `source_key` is the field of a row that names its source; None takes the name of the input.
-    `dedupe` leaves out what repeats an earlier document of these inputs (data/dedupe.py), `decontaminate` what shares
-    text with evaluation files (data/decontaminate.py); the stream's report (data/report.py) counts both.
+    A plain document is BOS, its text, EOS; a conversation is rendered with `template` (data/chat.py), and so is a
+    preference pair (data/preference.py), beside which a stream holds nothing else. Documents keep the order of the
+    inputs. `source_key` is the field of a row that names its source; None takes the name of the input. `dedupe` leaves
+    out what repeats an earlier document of these inputs (data/dedupe.py), `decontaminate` what shares text with
+    evaluation files (data/decontaminate.py); the stream's report (data/report.py) counts both.
 
     Called again after it was killed, with the same arguments and inputs, it goes on after the last finished shard.
 
@@ -93,7 +96,7 @@ def prepare(
             file.flush()
             os.fsync(file.fileno())
             new_keys.clear()
-            return {"place": place, "keys": file.tell(), "report": report.asdict()}
+            return {"place": place, "keys": file.tell(), "report": report.asdict(), "pairs": writer.pairs}
 
     writer = StreamWriter(
         output,
@@ -111,6 +114,7 @@ def prepare(
     ):
         if writer.state is not None:
             place, report = Place(*writer.state["place"]), Report.load(writer.state["report"])
+            writer.pairs = writer.state["pairs"]
             os.truncate(writer.partial / "keys", writer.state["keys"])
             seen.add(np.fromfile(writer.partial / "keys", np.uint64))
             bar.update(place.bytes)
@@ -125,6 +129,10 @@ def prepare(
                 new = seen.first(encoded.keys)
                 new_keys.append(encoded.keys[new].tobytes())
                 _count_duplicates(report, encoded, ~new, tokenizer)
+            if encoded.pairs is not None:
+                if writer.pairs not in (None, encoded.pairs):
+                    raise DataError(f"{encoded.places[0]}: {MIXED}")
+                writer.pairs = encoded.pairs
             documents = encoded.documents.kept(new)
             sizes = np.bincount(documents.source_ids, encoded.sizes[new], len(documents.sources))
             report.bytes.update(dict(zip(documents.sources, map(int, sizes), strict=True)))

@@ -65,6 +65,8 @@ def inspect(folder: str | Path) -> str:
         f"documents     {documents:,}",
         f"tokens        {stream.tokens:,} ({loss / stream.tokens:.1%} with loss)",
     ]
+    if stream.pairs:
+        lines.append(_pairs(stream))
     if report.bytes:
         size = report.bytes.total()
         lines.append(f"text          {size:,} bytes, {size / stream.tokens:.2f} a token")
@@ -96,6 +98,17 @@ def inspect(folder: str | Path) -> str:
     excerpt = Tokenizer.open(stream.folder).decode(stream.document(0)[:200])
     lines += ["first document", "  " + " ".join(excerpt.split())[:300]]
     return "\n".join(lines)
+
+
+def _pairs(stream: TokenStream) -> str:
+    silent = np.concatenate([shard.silent for shard in stream.shards]).astype(np.int64).reshape(-1, 2, 2)
+    prompt, copy = (silent[:, i, 1] - silent[:, i, 0] for i in (0, 1))  # of a prompt the last token is there twice
+    chosen = silent[:, 1, 0] - silent[:, 0, 1]
+    rejected = stream.lengths - prompt - chosen - copy
+    return (
+        f"preferences   every document is a pair: {prompt.sum():,} tokens of prompts, {chosen.sum():,} of chosen and "
+        f"{rejected.sum():,} of rejected answers"
+    )
 
 
 def _lengths(stream: TokenStream) -> list[str]:

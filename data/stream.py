@@ -73,6 +73,7 @@ class TokenStream:
         self.bos_id: int = tokenizer["bos_id"]
         self.eos_id: int = tokenizer["eos_id"]
         self.sources: list[str] = manifest["sources"]
+        self.pairs: bool = manifest.get("pairs", False)  # each document is a preference pair (data/preference.py)
         self.shards = shards
         self.tokens = sum(len(shard.tokens) for shard in shards)
         offsets = [shard.offsets.astype(np.int64) for shard in shards]

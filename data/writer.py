@@ -64,6 +64,7 @@ class StreamWriter:
         self.state: dict[str, Any] | None = None
         self.done = False  # whether all was appended before, and only the end of the process was missing
         self.report: dict[str, Any] | None = None  # to be kept in the manifest
+        self.pairs: bool | None = None  # whether the documents are preference pairs
         self._stream = self.partial / "stream"
         self._progress = self.partial / "progress.json"
         self._tokenizer = tokenizer
@@ -198,6 +199,8 @@ class StreamWriter:
             "sources": list(self._sources),
             "shards": self._shards,
         }
+        if self.pairs:
+            manifest["pairs"] = True
         if self.report is not None:
             manifest["report"] = self.report
         replace_synced(self._stream / MODEL_FILE, tokenizer.model)

@@ -166,11 +166,12 @@ def adamw_(
     elif count := parameter.numel():
         skip = offset % 2
         decay, step_size, correction = coefficients
-        settings: dict[str, Any] = launch.adamw(count + skip) | {"ON_DEVICE": on_device}
-        _adamw_kernel[(triton.cdiv(count + skip, settings["BLOCK"]),)](
-            *tensors, count, offset // 2, skip, step, seed, tensor_id,
-            decay, step_size, correction, 1 - beta1, beta2, 1 - beta2, eps, **settings,
-        )  # fmt: skip
+        with torch.cuda.device_of(parameter):
+            settings: dict[str, Any] = launch.adamw(count + skip) | {"ON_DEVICE": on_device}
+            _adamw_kernel[(triton.cdiv(count + skip, settings["BLOCK"]),)](
+                *tensors, count, offset // 2, skip, step, seed, tensor_id,
+                decay, step_size, correction, 1 - beta1, beta2, 1 - beta2, eps, **settings,
+            )  # fmt: skip
 
 
 def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -204,10 +204,11 @@ def _scale_kernel(values, scalar, count, BLOCK: tl.constexpr):
 
 
 @library.custom_op("tokenmill::scale_", mutates_args=("values",))
+@launch.on_its_device
 def _scale_(values: Tensor, factor: Tensor) -> None:
     """values *= factor, a scalar on the device that the host never waits for."""
     count = values.numel()
-    settings = launch.elementwise(count)
+    settings = launch.elementwise("scale", count)
     _scale_kernel[(triton.cdiv(count, settings["BLOCK"]),)](values, factor, count, **settings)
 
 
@@ -218,7 +219,9 @@ def _with_gradients_setup(ctx, inputs, output) -> None:
 
 def _with_gradients_backward(ctx, d_loss):
     d_hidden, d_weight = ctx.saved_tensors
-    if ctx.use_triton:  # in place: on a GPU a second d_weight would be the largest tensor of the step
+    # In place: on a GPU a second d_weight would be the largest tensor of the step. A compiler, whose tensors are of
+    # another type, would first copy what is changed in place; by itself it overwrites what nobody needs any longer.
+    if ctx.use_triton and type(d_loss) is Tensor:
         for gradient in (d_hidden, d_weight):
             if gradient.numel():
                 _scale_(gradient, d_loss)

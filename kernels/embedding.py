@@ -18,6 +18,7 @@ no noise.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from tokenmill.kernels.layout import GHOST, Layout
 from tokenmill.kernels.philox import halves, philox
 
 _NEFT = 0x4E454654  # "NEFT": keeps this use of (seed, step) apart from any other
+_GHOST = tl.constexpr(GHOST)
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,22 @@ def neftune_uniform(seed: Tensor, step: Tensor, document_ids: Tensor, positions:
     return (2 * (channels >> 8) + 1 - 2**24).float() * 2.0**-24
 
 
-def reference(tokens: Tensor, weight: Tensor, noise: list[Tensor]) -> Tensor:
-    """The lookup, with noise if `noise` is what `_noise_tensors` makes, without if it is empty."""
+def neftune_scales(alpha: Tensor, document_ids: Tensor, document_lengths: Tensor, dim: int) -> Tensor:
+    """(N,) fp32, from 0-d fp64 alpha and (N,) ids and lengths."""
+    scales = torch.div(alpha, (document_lengths.double() * dim).sqrt()).float()
+    return torch.where(document_ids == GHOST, 0.0, scales)
+
+
+def reference(tokens: Tensor, weight: Tensor, noise: list[Tensor], alpha: float, seed: int, step: int) -> Tensor:
+    """The lookup, with noise if `noise` and the numbers are what `_noise_arguments` makes, without if it is empty."""
     rows = F.embedding(tokens, weight)
     if not noise:
         return rows
-    segments, positions, document_ids, scales, seed, step = noise
-    scale = scales[segments, None]
-    uniform = neftune_uniform(seed, step, document_ids[segments], positions, weight.shape[1])
+    segments, positions, document_ids, document_lengths, *on_device = noise
+    a, s, t = on_device or (torch.tensor(alpha, dtype=torch.float64), torch.tensor(seed), torch.tensor(step))
+    dim = weight.shape[1]
+    scale = neftune_scales(a, document_ids, document_lengths, dim)[segments, None]
+    uniform = neftune_uniform(s, t, document_ids[segments], positions, dim)
     wide = torch.promote_types(weight.dtype, torch.float32)
     noisy = (rows.to(wide) + (uniform * scale).to(wide)).to(weight.dtype)
     return torch.where(scale > 0, noisy, rows)  # -0.0 + 0.0 is 0.0: a scale of 0 must leave no trace
@@ -89,12 +99,14 @@ def _row_mask(token, vocab, channels, dim):
     return channels < tl.where((token >= 0) & (token < vocab), dim, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["alpha", "seed", "step"])
 def _embed_kernel(
-    tokens, weight, out, segments, positions, document_ids, scales, seed, step, vocab, dim,
-    NOISE: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, weight, out, segments, positions, document_ids, document_lengths, vocab, dim, alpha, seed, step,
+    NOISE: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of channels of one row a program. A token outside the vocabulary shows as NaN."""
+    """A block of channels of one row a program. A token outside the vocabulary shows as NaN. ON_DEVICE: alpha, seed and
+    step are pointers; else alpha is the bits of an fp64.
+    """
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(tokens + row).to(tl.int64)
@@ -103,9 +115,14 @@ def _embed_kernel(
 
     if NOISE:
         segment = tl.load(segments + row)
-        scale = tl.load(scales + segment)
         document = tl.load(document_ids + segment)
-        s, t = tl.load(seed), tl.load(step)
+        length = tl.load(document_lengths + segment).to(tl.float64)
+        if ON_DEVICE:
+            a, s, t = tl.load(alpha), tl.load(seed), tl.load(step)
+        else:
+            a = alpha.to(tl.int64).to(tl.float64, bitcast=True)
+            s, t = seed.to(tl.int64), step.to(tl.int64)
+        scale = tl.where(document == _GHOST, 0.0, (a / tl.sqrt(length * dim)).to(tl.float32))
         zero = tl.zeros((1,), tl.uint32)
         k0, k1, _, _ = tl.philox_impl(
             zero + t.to(tl.uint32), zero + (t >> 32).to(tl.uint32), zero + 0x4E454654, zero,
@@ -191,30 +208,38 @@ def _join_pieces_kernel(sorted_tokens, partials, d_weight, count, vocab, dim, PI
 
 
 @library.custom_op("tokenmill::embed", mutates_args=())
-def _embed(tokens: Tensor, weight: Tensor, noise: list[Tensor], use_triton: bool) -> Tensor:
+@launch.on_its_device
+def _embed(
+    tokens: Tensor, weight: Tensor, noise: list[Tensor], alpha: float, seed: int, step: int, use_triton: bool
+) -> Tensor:
     if not use_triton:  # in the operator too: a compiler that saw the sum could fuse it with the product
-        return reference(tokens, weight, noise)
-    segments, positions, document_ids, scales, seed, step = noise or [None] * 6
+        return reference(tokens, weight, noise, alpha, seed, step)
+    segments, positions, document_ids, document_lengths, *on_device = noise or [None] * 4
     vocab, dim = weight.shape
     if weight.dtype == torch.bfloat16 and not weight.is_cuda:
         # Triton's interpreter truncates to bf16 where a GPU rounds, so there the sum is left in fp32 and rounded here.
-        return _embed(tokens, weight.float(), noise, use_triton).to(weight.dtype)
+        return _embed(tokens, weight.float(), noise, alpha, seed, step, use_triton).to(weight.dtype)
     out = weight.new_empty(tokens.numel(), dim)
     if out.numel():
-        settings: dict[str, Any] = launch.channels("embed", dim) | {"NOISE": bool(noise)}
+        # With noise, 32 channels a thread: its key and its scale are each thread's own work.
+        settings: dict[str, Any] = launch.channels("embed_noise", dim, 32) if noise else launch.channels("embed", dim)
+        settings |= {"NOISE": bool(noise), "ON_DEVICE": bool(on_device)}
+        (alpha_bits,) = struct.unpack("q", struct.pack("d", alpha))  # a Python float would arrive as fp32
+        scalars: list[Any] = on_device or [alpha_bits, seed, step]
         _embed_kernel[(tokens.numel(), triton.cdiv(dim, settings["BLOCK"]))](
-            tokens.contiguous(), weight.contiguous(), out, segments, positions, document_ids, scales, seed, step,
-            vocab, dim, **settings,
+            tokens.contiguous(), weight.contiguous(), out, segments, positions, document_ids, document_lengths,
+            vocab, dim, *scalars, **settings,
         )  # fmt: skip
     return out
 
 
 @_embed.register_fake
-def _(tokens, weight, noise, use_triton):
+def _(tokens, weight, noise, alpha, seed, step, use_triton):
     return weight.new_empty(tokens.numel(), weight.shape[1])
 
 
 @library.custom_op("tokenmill::embed_backward", mutates_args=())
+@launch.on_its_device
 def _embed_backward(d_out: Tensor, tokens: Tensor, vocab: int, use_triton: bool) -> Tensor:
     """(V, D) of d_out's dtype from d_out (T, D), summed in fp32; 0 where a row was not looked up."""
     if not use_triton:
@@ -239,14 +264,15 @@ def _(d_out, tokens, vocab, use_triton):
 
 
 def _setup(ctx, inputs, output) -> None:
-    tokens, weight, noise, ctx.use_triton = inputs
+    tokens, weight, noise, *_, ctx.use_triton = inputs
     ctx.save_for_backward(tokens)
     ctx.vocab, ctx.noise_tensors = weight.shape[0], len(noise)
 
 
 def _backward(ctx, d_out):
     (tokens,) = ctx.saved_tensors
-    return None, _embed_backward(d_out, tokens, ctx.vocab, ctx.use_triton), [None] * ctx.noise_tensors, None
+    d_weight = _embed_backward(d_out, tokens, ctx.vocab, ctx.use_triton)
+    return None, d_weight, [None] * ctx.noise_tensors, None, None, None, None
 
 
 _embed.register_autograd(_backward, setup_context=_setup)
@@ -272,31 +298,32 @@ def embed(
     """
     if tokens.ndim != 1 or weight.ndim != 2:
         raise ValueError(f"expected tokens (T,) and weight (V, D), got {[*tokens.shape]} and {[*weight.shape]}")
-    made = [] if noise is None else _noise_tensors(noise, layout, tokens, weight.shape[1])
+    made, *numbers = ([], 0.0, 0, 0) if noise is None else _noise_arguments(noise, layout, tokens)
     use_triton = choose(backend, tokens, weight) == "triton"
     if not made and not use_triton:
         return F.embedding(tokens, weight)
-    return _embed(tokens, weight, made, use_triton)
+    return _embed(tokens, weight, made, *numbers, use_triton)
 
 
-def _noise_tensors(noise: Noise, layout: Layout | None, tokens: Tensor, dim: int) -> list[Tensor]:
-    """segments (T,), positions (T,), document_ids (N,), scales (N,), seed and step (), on the tokens' device, made
-    without waiting for it; empty where alpha is 0.
+def _noise_arguments(noise: Noise, layout: Layout | None, tokens: Tensor) -> tuple[list[Tensor], float, int, int]:
+    """segments (T,), positions (T,), document_ids (N,) and document_lengths (N,); and the numbers alpha, seed and step,
+    or, where one of them is a tensor, all three as tensors behind the others, on the tokens' device, made without
+    waiting for it. No tensors where alpha is 0.
     """
     if layout is None:
         raise ValueError("noise needs a layout: its scale and its bits depend on the documents")
     if layout.positions.shape != tokens.shape:
         raise ValueError(f"the layout has {layout.positions.numel()} rows, tokens {tokens.numel()}")
     if not isinstance(noise.alpha, Tensor) and noise.alpha == 0:
-        return []
+        return [], 0.0, 0, 0
+    made = [layout.segment_ids, layout.positions, layout.document_ids, layout.document_lengths]
+    alpha, seed, step = noise.alpha, noise.seed, noise.step
+    if not (isinstance(alpha, Tensor) or isinstance(seed, Tensor) or isinstance(step, Tensor)):
+        return made, alpha, seed, step
 
     def scalar(value: float | Tensor, dtype: torch.dtype) -> Tensor:
         if isinstance(value, Tensor):
             return value.to(tokens.device, dtype)
         return torch.full((), value, dtype=dtype, device=tokens.device)
 
-    root = (layout.document_lengths.double() * dim).sqrt()
-    scales = torch.div(scalar(noise.alpha, torch.float64), root).float()
-    scales = torch.where(layout.document_ids == GHOST, 0.0, scales)
-    seed, step = scalar(noise.seed, torch.int64), scalar(noise.step, torch.int64)
-    return [layout.segment_ids, layout.positions, layout.document_ids, scales, seed, step]
+    return [*made, scalar(alpha, torch.float64), scalar(seed, torch.int64), scalar(step, torch.int64)], 0.0, 0, 0

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime import driver
 
 from tokenmill.kernels.backends import INTERPRETED
@@ -31,6 +32,22 @@ ROW_LIMIT = 8192
 RUN_PIECE = 32
 
 TABLE = Path(__file__).with_name("tuned.json")
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def on_its_device(function: Callable[Concatenate[Tensor, _P], _R]) -> Callable[Concatenate[Tensor, _P], _R]:
+    """The function, run with the device of its first argument as the current one: Triton launches on that, wherever a
+    kernel's tensors are.
+    """
+
+    @functools.wraps(function)
+    def on_device(tensor: Tensor, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.cuda.device_of(tensor):  # nothing happens where that is the current device, or no GPU
+            return function(tensor, *args, **kwargs)
+
+    return on_device
 
 
 @functools.cache
@@ -67,8 +84,8 @@ def cross_entropy_scan(kernel: str, vocab: int) -> dict[str, Any]:
 
 
 def _row_in_blocks(vocab: int) -> dict[str, Any]:
-    """8 logits a thread and block: with 16, one program of the widest spills where the last block is not full. It fills
-    a multiprocessor, so that the rows of all together stay in the L2 cache until they are read again.
+    """8 logits a thread and block: with 16, one program of the widest spills where the last block is not full. Many
+    threads a row, so that few rows are at work at once, and stay in the L2 cache until they are read again.
     """
     block = min(WIDE_ROW_BLOCK, max(128, triton.next_power_of_2(vocab)))
     return {"BLOCK": block, "STAGES": 3, "num_warps": max(1, block // 256)}
@@ -85,18 +102,20 @@ def cross_entropy_chunk(vocab: int, itemsize: int, on_gpu: bool) -> int:
     return max(128, min(most, rows // 128 * 128))
 
 
-def elementwise(count: int) -> dict[str, Any]:
+def elementwise(kernel: str, count: int) -> dict[str, Any]:
     """For kernels over `count` independent elements."""
-    return {"BLOCK": min(4096, max(16, triton.next_power_of_2(count))), "num_warps": 4, "enable_fp_fusion": True}
+    block = min(4096, max(16, triton.next_power_of_2(count)))
+    return settings(kernel, [], {"BLOCK": block, "num_warps": 4, "enable_fp_fusion": True})
 
 
-def channels(kernel: str, dim: int) -> dict[str, Any]:
+def channels(kernel: str, dim: int, of_thread: int = 16) -> dict[str, Any]:
     """For kernels that hold a block of one row's `dim` channels a program.
 
     Multiply and add stay apart: a fused one rounds once where torch and C++ round twice.
     """
     block = min(2048, max(16, triton.next_power_of_2(dim)))
-    return settings(kernel, [dim], {"BLOCK": block, "num_warps": max(1, block // 512), "enable_fp_fusion": False})
+    warps = max(1, block // (32 * of_thread))
+    return settings(kernel, [dim], {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": False})
 
 
 def adamw(count: int) -> dict[str, Any]:
@@ -160,3 +179,18 @@ def grouped_gemm(kernel: str, sizes: Sequence[int], itemsize: int) -> dict[str, 
         default = {"ROWS": 32, "COLUMNS": 32, "INNER": 32, "num_stages": 2, "num_warps": 4}
     default |= {"GROUP": 16, "DESCRIPTORS": descriptors, "enable_fp_fusion": True}
     return settings(kernel, sizes, default)
+
+
+def router(kernel: str, experts: int) -> dict[str, Any]:
+    """For the kernels that hold the probabilities of ROWS tokens over `experts` a program: 4 of them a thread."""
+    span = max(2, triton.next_power_of_2(experts))
+    rows = max(1, 512 // span)
+    return settings(kernel, [experts], {"SPAN": span, "ROWS": rows, "num_warps": 4, "enable_fp_fusion": True})
+
+
+def sort_choices(kernel: str, experts: int) -> dict[str, Any]:
+    """For the kernels that count BLOCK choices by expert a program: 32 pairs of them a thread."""
+    span = max(2, triton.next_power_of_2(experts))
+    return settings(
+        kernel, [experts], {"SPAN": span, "BLOCK": max(16, 4096 // span), "num_warps": 4, "enable_fp_fusion": True}
+    )

@@ -10,6 +10,12 @@ A row may be a part of a longer one, its other columns on other ranks: `statisti
 of the whole row. All of it is made of one read of the logits, relative to the largest of the row:
 
     top = max(x)        total = sum(exp(x - top))        dot = sum(exp(x - top) * (x - top))
+
+On a GPU, a row of at most 32768 logits is held in registers from this read until its gradient is written over it: in
+fp32 128 KiB, of the 256 that a multiprocessor has. One of 65536 would need them all (kept in bf16 half of them, but
+what is made of it spills). So a wider row is read twice, the second time from the L2 cache as far as that reaches: at
+most two programs run on a multiprocessor, so an H100's 132 are at up to 264 rows at once, in bf16 27 MB of V 50257 and
+68 MB of V 128256, and its cache has 50 MB.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from tokenmill.kernels import launch
 from tokenmill.kernels.layout import IGNORE
 
 _IGNORE = tl.constexpr(IGNORE)
+_GROUP = tl.constexpr(8)  # logits that a thread reads at once, of 2 bytes
 _LOWEST = tl.constexpr(-1e30)  # below any logit, and finite: 0 times it is 0
 
 
@@ -144,25 +151,40 @@ def _block(logits, columns, VOCAB: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
+def _rescaled(top, total, dot, new_top):
+    """total and dot relative to another top: where it rises by s, exp(x - top) shrinks by exp(-s) and x - top by s."""
+    shift = top - new_top
+    share = tl.exp(shift)
+    return share * total, share * (dot + total * shift)
+
+
+@triton.jit
 def _scan(logits, VOCAB: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """top, total, dot and the first place of the top, block by block: an online softmax (Milakov and Gimelshein 2018).
 
-    Where the top rises by s, exp(x - top) shrinks by exp(-s) and x - top by s.
+    Every _GROUP neighbours of a block, which one thread has, have their own until the end: so threads wait for one
+    another once a row, not once a block.
     """
-    top, total, dot, best = _LOWEST, 0.0, 0.0, 0
+    first = tl.arange(0, BLOCK // _GROUP) * _GROUP
+    top = tl.full((BLOCK // _GROUP,), _LOWEST, tl.float32)
+    total = tl.zeros_like(top)
+    dot = tl.zeros_like(top)
+    best = first
     for start in tl.range(0, VOCAB, BLOCK, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        x = _block(logits, start + tl.arange(0, BLOCK), VOCAB, STRIDE)
-        block_top, block_best = tl.max(x, 0, return_indices=True)
-        best = tl.where(block_top > top, start + block_best, best)
-        new_top = tl.maximum(top, block_top)
-        shift = top - new_top
-        share = tl.exp(shift)
-        x -= new_top
+        x = _block(logits, start + tl.arange(0, BLOCK), VOCAB, STRIDE).reshape(BLOCK // _GROUP, _GROUP)
+        group_top, group_best = tl.max(x, 1, return_indices=True)
+        best = tl.where(group_top > top, start + first + group_best, best)
+        new_top = tl.maximum(top, group_top)
+        total, dot = _rescaled(top, total, dot, new_top)
+        x -= new_top[:, None]
         exponentials = tl.exp(x)
-        dot = share * (dot + total * shift) + tl.sum(exponentials * x, 0)
-        total = share * total + tl.sum(exponentials, 0)
+        dot += tl.sum(exponentials * x, 1)
+        total += tl.sum(exponentials, 1)
         top = new_top
-    return top, total, dot, best
+    row_top = tl.max(top, 0)
+    total, dot = _rescaled(top, total, dot, row_top)
+    best = tl.min(tl.where(top == row_top, best, VOCAB), 0)
+    return row_top, tl.sum(total, 0), tl.sum(dot, 0), best
 
 
 @triton.jit
@@ -217,7 +239,7 @@ def _rows_kernel(
 ):  # fmt: skip
     """Statistics and gradient in one. ONCE: the row fits in a block and is held in registers from its only read on.
 
-    A longer row is read twice, the second time from the L2 cache: what the programs of a GPU hold at once fits there.
+    A longer row is read twice.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * STRIDE
@@ -256,6 +278,7 @@ def _rows_kernel(
 # 0 there.
 
 
+@launch.on_its_device
 def statistics(logits: Tensor, targets: Tensor, use_triton: bool) -> Tensor:
     """(5, R): top, total, dot, the target's logit (NaN where it is not in the row), and correct as 0 or 1."""
     if not use_triton:
@@ -268,6 +291,7 @@ def statistics(logits: Tensor, targets: Tensor, use_triton: bool) -> Tensor:
     return out
 
 
+@launch.on_its_device
 def gradient(logits: Tensor, targets: Tensor, weights: Tensor, lse: Tensor, z_loss: float, use_triton: bool) -> None:
     """Overwrite logits by d_x, given the lse (R,) of the whole rows."""
     if not use_triton:
@@ -280,6 +304,7 @@ def gradient(logits: Tensor, targets: Tensor, weights: Tensor, lse: Tensor, z_lo
     _gradient_kernel[(rows,)](logits, targets, weights, lse, z_loss, **settings)
 
 
+@launch.on_its_device
 def statistics_and_gradient(
     logits: Tensor, targets: Tensor, weights: Tensor, z_loss: float, out: RowStatistics, use_triton: bool
 ) -> None:

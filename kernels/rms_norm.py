@@ -113,6 +113,7 @@ def _backward_kernel(
     tl.store(partials + program * DIM + columns, d_weight, mask=mask)
 
 
+@launch.on_its_device
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y (T, D), the sum (T, D), empty without a residual, and r (T,) fp32."""
     dim = weight.numel()
@@ -128,6 +129,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     return y, total, inverse
 
 
+@launch.on_its_device
 def _backward(dy: Tensor, d_total: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """dx of x's shape and dtype, and d_weight (D,) in fp32, from what was normalised."""
     dim = weight.numel()
@@ -193,8 +195,8 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalise each row of x (T, D), or of x + residual, and scale it by weight (D,).
 
-    Returns y (T, D) in x's dtype; with a residual (T, D), the pair (y, x + residual). The gradient of the weight is
-    summed in float32, in an order that depends on T and the device alone.
+    Returns y (T, D) in x's dtype; with a residual (T, D), the pair (y, x + residual), both in the sum's dtype. The
+    gradient of the weight is summed in float32, in an order that depends on T and the device alone.
 
     Raises ValueError where the shapes do not agree, or a row is too wide for backend="triton" when that is named.
     """

@@ -98,6 +98,7 @@ def _rotary_kernel(
     _turn(k_first, k_second, c, s, k_out, k_mask, HALF)
 
 
+@launch.on_its_device
 def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """q (T, Hq, d) and k (T, Hkv, d), of any strides over rows and heads, turned by (T, d/2) angles or back."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))

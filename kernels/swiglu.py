@@ -84,6 +84,7 @@ def _backward_kernel(dy, gate_up, d_gate_up, FEATURES: tl.constexpr, BLOCK: tl.c
     tl.store(d_gate_up + at + FEATURES, weighted * gate, mask=mask)
 
 
+@launch.on_its_device
 def _forward(gate_up: Tensor) -> Tensor:
     features = gate_up.shape[-1] // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], features)
@@ -93,6 +94,7 @@ def _forward(gate_up: Tensor) -> Tensor:
     return y
 
 
+@launch.on_its_device
 def _backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     features = dy.shape[-1]
     d_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)

@@ -11,7 +11,7 @@ ALLOWED = {
     "kernels": ["kernels"],
     "data": ["_C", "kernels.layout", "data"],
     "trainer/model": ["kernels", "trainer.model", "trainer.files"],
-    "trainer/objectives": ["kernels", "data.batch", "trainer.model", "trainer.config", "trainer.objectives"],
+    "trainer/objectives": ["kernels", "data", "trainer.model", "trainer.config", "trainer.objectives"],
     "trainer/evaluate": ["kernels", "data", "trainer.model", "trainer.evaluate"],
     "trainer/cli.py": ["data", "trainer", "bench"],
     "trainer/__main__.py": ["trainer.cli"],

@@ -110,14 +110,20 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--template", default="auto", choices=templates)
     c.add_argument("--limit", type=_positive, help="only the first LIMIT questions")
 
-    c = command("import", _import, "A Hugging Face folder to a checkpoint.")
-    c.add_argument("source", metavar="HF_FOLDER")
+    c = command("import", _import, "A model to a checkpoint without an optimizer; --upcycle gives it experts.")
+    c.add_argument("source", help="a Hugging Face folder, a checkpoint or a run's output")
     c.add_argument("output")
     c.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: the files' own")
+    c.add_argument("--upcycle", type=_positive, metavar="EXPERTS", help="so many copies of each dense network")
+    c.add_argument("--top-k", type=_positive, default=2, help="upcycle: experts that act on a token (2)")
+    text = "upcycle: normal noise on the copies, relative to each weight's standard deviation (0)"
+    c.add_argument("--noise", type=float, default=0.0, metavar="STD", help=text)
+    c.add_argument("--seed", type=int, default=0, help="upcycle: of noise and routers (0)")
 
     c = command("export", _export, "A checkpoint to a Hugging Face folder.")
     c.add_argument("source", metavar="CHECKPOINT")
     c.add_argument("output", metavar="HF_FOLDER")
+    c.add_argument("--adapter", action="store_true", help="the adapters alone, in PEFT's format (default: merged)")
     return parser
 
 
@@ -226,20 +232,31 @@ def _eval(options: argparse.Namespace) -> None:
 def _import(options: argparse.Namespace) -> None:
     import torch
 
-    from tokenmill.trainer.checkpoint import save_checkpoint
-    from tokenmill.trainer.model.weights import load_hf
+    from tokenmill.trainer.checkpoint import load_model, resolve_model, save_checkpoint
+    from tokenmill.trainer.model.upcycle import upcycle
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    model, config = load_hf(options.source, dtypes.get(options.dtype))
-    save_checkpoint(Path(options.output), model, tokenizer_from=Path(options.source))
-    print(f"{options.output}: {config.parameters():,} parameters, {model.embed.weight.dtype}")
+    folder = resolve_model(options.source)
+    model = load_model(folder, dtypes.get(options.dtype))
+    if options.upcycle:
+        model = upcycle(model, options.upcycle, options.top_k, noise=options.noise, seed=options.seed)
+    save_checkpoint(Path(options.output), model, tokenizer_from=folder)
+    print(f"{options.output}: {model.config.parameters():,} parameters, {model.embed.weight.dtype}")
 
 
 def _export(options: argparse.Namespace) -> None:
-    from tokenmill.trainer.checkpoint import load_model, resolve_model
+    from tokenmill.trainer.checkpoint import adapter_tensors, load_model, read_adapter, read_config, resolve_model
+    from tokenmill.trainer.model.peft import save_peft
     from tokenmill.trainer.model.weights import save_hf
 
     folder = resolve_model(options.source)
+    if options.adapter:
+        if (adapted := read_adapter(folder)) is None:
+            raise ValueError(f"{folder}: holds no adapters; leave out --adapter to export the model")
+        adapter, base = adapted
+        save_peft(adapter_tensors(folder), read_config(folder), adapter, options.output, base.path)
+        print(f"{options.output}: adapters of {base.path}")
+        return
     model = load_model(folder, dtype=None)
     save_hf(model, options.output, tokenizer_from=folder)
     print(f"{options.output}: {model.config.parameters():,} parameters")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from tokenmill.trainer.model.config import ModelConfig
+from tokenmill.trainer.model.config import AdapterConfig, ModelConfig
 
 T = TypeVar("T")
 
@@ -32,7 +32,9 @@ class ModelSection:
 @dataclass(frozen=True)
 class StreamSection:
     stream: str  # folder that `tokenmill prepare` wrote
-    weight: float = 1.0  # share of the packs, relative to the other sources
+    # share of the packs, relative to the other sources; or [[0, 0.9], [1000, 0.5]]: another from each step on
+    weight: float | tuple[tuple[int, float], ...] = 1.0
+    epochs: float | None = None  # passes over it, then it gives no more; None: it begins again as often as needed
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class DataSection:
     sequence_length: int  # tokens of a pack, and the longest part of a document
     packs_per_step: int  # over all micro-batches and ranks
     packs_per_micro_batch: int = 1
+    overlong: Literal["split", "reject", "error"] = "split"  # documents longer than sequence_length
     validation: tuple[str, ...] = ()  # streams whose losses are reported apart, under their folders' names
     validation_tokens: int | None = None  # of each; None: all
 
@@ -64,7 +67,8 @@ class TrainSection:
 @dataclass(frozen=True)
 class OptimizerSection:
     learning_rate: float
-    betas: tuple[float, float] = (0.9, 0.95)
+    kind: Literal["adamw", "rmsprop"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of the moments; rmsprop has the second alone
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices; norms are left alone
     clip_norm: float = 1.0
@@ -81,9 +85,20 @@ class ScheduleSection:
 @dataclass(frozen=True)
 class LossSection:
     balance: float = 0.01  # weight of the load-balancing loss: 1 when tokens spread evenly over experts
+    balance_bias: float = 0.0  # speed of a bias that evens loads out without a loss (DeepSeek-V3: 0.001); 0: off
     router_z: float = 0.001  # weight of the routers' mean squared log-sum-exp
     z: float = 0.0  # weight of the head's squared log-sum-exp
     neftune_alpha: float = 0.0  # sft only; the NEFTune paper uses 5, 10 or 15
+
+
+@dataclass(frozen=True)
+class DpoSection:
+    """Of objective = "dpo" (trainer/objectives/dpo.py)."""
+
+    loss: Literal["sigmoid", "ipo", "simpo"] = "sigmoid"  # simpo: by mean log-probabilities, without a reference
+    beta: float = 0.1  # how far the policy is held to the reference; SimPO's paper uses 2 to 10
+    label_smoothing: float = 0.0  # sigmoid: share of the pairs taken to be the wrong way round
+    gamma: float = 0.5  # simpo: the margin asked for
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,7 @@ class LogSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    objective: Literal["pretrain", "sft"]
+    objective: Literal["pretrain", "sft", "dpo"]
     output: str  # folder for checkpoints, metrics.jsonl and the resolved recipe
     model: ModelSection
     data: DataSection
@@ -112,6 +127,8 @@ class Recipe:
     device: str = "auto"  # cuda where there is one, else cpu
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     loss: LossSection = field(default_factory=LossSection)
+    dpo: DpoSection = field(default_factory=DpoSection)
+    adapter: AdapterConfig | None = None  # None: every weight is trained
     kernels: KernelsSection = field(default_factory=KernelsSection)
     log: LogSection = field(default_factory=LogSection)
 
@@ -127,9 +144,18 @@ class Recipe:
         )
         sources = [k for k in ("model.path", "model.new") if getattr(self.model, k.removeprefix("model.")) is not None]
         expect(len(sources) == 1, "model", "either model.path or model.new, not both", " and ".join(sources) or None)
+        expect(self.adapter is None or not self.model.new, "adapter", "model.path, weights to adapt", "model.new")
         expect(len(self.data.sources) > 0, "data.sources", "at least one source", self.data.sources)
         for i, source in enumerate(self.data.sources):
-            expect(source.weight > 0, f"data.sources.{i}.weight", "a positive number", source.weight)
+            key = f"data.sources.{i}"
+            if isinstance(source.weight, tuple):
+                steps, weights = [step for step, _ in source.weight], [weight for _, weight in source.weight]
+                increasing = steps[:1] == [0] and steps == sorted({*steps})
+                expect(increasing, f"{key}.weight", "steps from 0 on, each later than the one before", steps)
+                expect(min(weights) >= 0 < max(weights), f"{key}.weight", "weights of 0 or more, not all 0", weights)
+            else:
+                expect(source.weight > 0, f"{key}.weight", "a positive number", source.weight)
+            expect(source.epochs is None or source.epochs > 0, f"{key}.epochs", "a positive number", source.epochs)
         for key in ("sequence_length", "packs_per_step", "packs_per_micro_batch"):
             expect(getattr(self.data, key) > 0, f"data.{key}", "a positive integer", getattr(self.data, key))
         length = self.data.sequence_length
@@ -152,10 +178,20 @@ class Recipe:
         expect(0 <= self.seed < 2**63, "seed", "0 to 2**63 - 1", self.seed)
         names = [Path(folder).name for folder in self.data.validation]
         expect(len({*names}) == len(names), "data.validation", "folders with different names, for the report", names)
-        for key in ("balance", "router_z", "z", "neftune_alpha"):
+        for key in ("balance", "balance_bias", "router_z", "z", "neftune_alpha"):
             expect(getattr(self.loss, key) >= 0, f"loss.{key}", "0 or more", getattr(self.loss, key))
         if self.loss.neftune_alpha and self.objective != "sft":
             raise ConfigError("loss.neftune_alpha: NEFTune belongs to fine-tuning; set objective = 'sft' or alpha to 0")
+        if self.optimizer.kind == "rmsprop":
+            precision, decay = self.train.precision, self.optimizer.weight_decay
+            expect(precision != "bf16", "train.precision", "fp32 or bf16-mixed with rmsprop", precision)
+            expect(decay == 0, "optimizer.weight_decay", "0 with rmsprop, which has no decoupled decay", decay)
+        expect(self.dpo.beta > 0, "dpo.beta", "a positive number", self.dpo.beta)
+        expect(self.dpo.gamma >= 0, "dpo.gamma", "0 or more", self.dpo.gamma)
+        smoothing = self.dpo.label_smoothing
+        expect(0 <= smoothing < 0.5, "dpo.label_smoothing", "0 to below 0.5", smoothing)
+        if self.dpo.loss != "sigmoid":
+            expect(not smoothing, "dpo.label_smoothing", "0 unless dpo.loss is sigmoid", smoothing)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -237,7 +273,11 @@ def _value(hint: Any, raw: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), raw, where + ".")
     if origin in (types.UnionType, typing.Union):
-        return None if raw is None else _value(next(a for a in args if a is not type(None)), raw, where)
+        if raw is None:
+            return None
+        kinds = [a for a in args if a is not type(None)]
+        listed = [a for a in kinds if (typing.get_origin(a) is tuple) == isinstance(raw, list)]
+        return _value((listed or kinds)[0], raw, where)
     if origin is Literal and raw in args:
         return raw
     if origin is tuple and isinstance(raw, list):
@@ -256,7 +296,7 @@ def _value(hint: Any, raw: Any, where: str) -> Any:
 def _describe(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return _describe(next(a for a in args if a is not type(None)))
+        return " or ".join(_describe(a) for a in args if a is not type(None))
     if origin is Literal:
         return " or ".join(map(repr, args))
     if origin is tuple:

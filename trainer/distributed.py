@@ -8,10 +8,11 @@ step's weight, so gradients are summed over ranks, not averaged.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from tokenmill.data.batch import Batch
 from tokenmill.trainer.model import Transformer
 
 # How long a rank waits for the others: they may be writing or checking a large checkpoint. One that fails does not
@@ -94,6 +96,12 @@ def join(device: str, *, sharded: bool = False) -> Iterator[World]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def deal(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
+    """Every world-th of the batches, a ghost where this rank has none: a sharded model runs on all ranks or on none."""
+    for turn in zip_longest(*[iter(batches)] * world.size):
+        yield turn[world.rank] or Batch.ghost()
 
 
 def pick_device(name: str) -> torch.device:

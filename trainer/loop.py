@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +19,12 @@ from torch.utils import deterministic
 
 from tokenmill.data.batch import Batch
 from tokenmill.data.loader import Loader, Source, sequential_batches
+from tokenmill.data.prefetch import Prefetch
 from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer
+from tokenmill.trainer.balance import updated_bias
 from tokenmill.trainer.checkpoint import (
+    Base,
     fill_model,
     latest_checkpoint,
     load_training,
@@ -32,13 +34,15 @@ from tokenmill.trainer.checkpoint import (
     save_step,
 )
 from tokenmill.trainer.config import Recipe
-from tokenmill.trainer.distributed import World, join, shard
+from tokenmill.trainer.distributed import World, deal, join, shard
 from tokenmill.trainer.files import replace_file
-from tokenmill.trainer.metrics import MetricsLog, StepRecord, exact_flops, peak_flops, peak_memory
-from tokenmill.trainer.model import Transformer
-from tokenmill.trainer.objectives import Objective, Sft, pretrain
+from tokenmill.trainer.metrics import MetricsLog, Preference, StepRecord, exact_flops, peak_flops, peak_memory
+from tokenmill.trainer.model import Transformer, lora
+from tokenmill.trainer.model.peft import load_peft
+from tokenmill.trainer.objectives import Dpo, Objective, Sft, pretrain
 from tokenmill.trainer.objectives.pretrain import StepContext, StepLoss
 from tokenmill.trainer.optim import build_optimizer
+from tokenmill.trainer.preference import build_dpo, check_pairs, mean_preferences, unfold_step
 from tokenmill.trainer.schedule import learning_rate
 from tokenmill.trainer.state import TrainState
 
@@ -84,21 +88,31 @@ class Trainer:
         self.recipe = recipe
         self.world = world
         self.output = Path(recipe.output)
-        self.sources = [Source(TokenStream.open(s.stream), s.weight) for s in recipe.data.sources]
+        self.sources = [Source(TokenStream.open(s.stream), s.weight, s.epochs) for s in recipe.data.sources]
         self.validation = {Path(folder).name: TokenStream.open(folder) for folder in recipe.data.validation}
         source = None if recipe.model.path is None else resolve_model(recipe.model.path, world)
+        self.base = Base.of(source, world) if recipe.adapter and source else None
         self.model = build_model(recipe, world, source)
-        self.tokenizer_from = check_streams(source, self.model, [s.stream for s in self.sources], self.validation)
+        streams, held_out = [s.stream for s in self.sources], [*self.validation.values()]
+        self.tokenizer_from = check_streams(source, self.model, streams, self.validation)
+        check_pairs(recipe, [*streams, *held_out])
         self.objective: Objective = Sft(recipe.seed) if recipe.objective == "sft" else pretrain
+        self.held_out: list[Dpo] = []  # of each validation stream
+        if recipe.objective == "dpo":  # before a checkpoint is read: the reference is what training began from
+            self.objective, self.held_out = build_dpo(recipe, self.model, world, streams, held_out)
         self.optimizer = build_optimizer(self.model, recipe.optimizer, recipe.train.precision, recipe.seed)
 
         self.checkpoint = latest_checkpoint(self.output, world)
         self.passed_over = newer_checkpoints(self.output, self.checkpoint)
         self.state = TrainState()
         if self.checkpoint is not None:
-            self.state = load_training(self.checkpoint, self.model, self.optimizer)
+            self.state = load_training(self.checkpoint, self.model, self.optimizer, self.base)
         if self.state.expert_fractions is not None:
             self.state.expert_fractions = self.state.expert_fractions.to(world.device)
+        self.state.balance_bias = self.model.balance_bias  # that of the checkpoint, or of the run it begins from
+        if self.state.balance_bias is None and recipe.loss.balance_bias and self.model.config.moe:
+            shape = self.model.config.n_layers, self.model.config.moe.n_experts
+            self.state.balance_bias = torch.zeros(shape, device=world.device)
         self.loader = Loader(
             self.sources,
             sequence_length=recipe.data.sequence_length,
@@ -107,9 +121,12 @@ class Trainer:
             seed=recipe.seed,
             rank=world.rank,
             world=world.size,
+            overlong=recipe.data.overlong,
+            pinned=world.device.type == "cuda",
         )
         if self.state.data is not None:
             self.loader.load_state_dict(self.state.data)
+        self.prefetch = Prefetch(self.loader, world.device)
         self.steps = planned_steps(recipe, self.loader)
         self.peak = peak_flops(world.device)
         self.requested = False  # this rank was asked to stop: may differ between ranks, so nothing is decided by it
@@ -141,6 +158,7 @@ class Trainer:
             assert self.checkpoint is not None
             self.log.say(f"trained: {self.checkpoint}")
         finally:
+            self.prefetch.close()
             self.log.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -149,14 +167,19 @@ class Trainer:
     def step(self) -> StepRecord:
         """One optimizer step: its micro-batches forward and backward, clipping, the update, and what to report."""
         begin = time.perf_counter()
-        data = next(self.loader)
+        data, batches = next(self.prefetch)
+        if self.recipe.objective == "dpo":
+            data = unfold_step(data, self.world)
+            batches = data.micro_batches
         data_wait = time.perf_counter() - begin
+        for notice in data.notices:
+            self.log.say(f"step {self.state.step + 1}: {notice}")
         context = StepContext(
             self.state.step, data.total_weight, data.total_tokens, self.state.expert_fractions, self.recipe.loss
         )
         self.model.train()
         parts = []
-        for batch in data.micro_batches:
+        for batch in batches:
             part = self.objective(self.model, batch.to(self.world.device, non_blocking=True), context)
             part.total.backward()
             parts.append(part)
@@ -166,9 +189,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-        flops = exact_flops(self.model.config, data.micro_batches)
+        layers = self.model.config.n_layers
+        flops = exact_flops(self.model.config, data.micro_batches, frozen=self.model.adapter is not None)
         sums = self._sum_over_ranks(parts, [flops, data_wait, float(self.requested)])
-        loss, balance, flops, data_wait, stopping = sums[:5].tolist()  # waits for the step's kernels
+        loss, balance, *preference, flops, data_wait, stopping = sums[:8].tolist()  # waits for the step's kernels
         self.stopping = stopping > 0
         finite = math.isfinite(loss) and math.isfinite(float(grad_norm))
         if finite:
@@ -179,13 +203,18 @@ class Trainer:
                 f"step {self.state.step + 1}: loss {loss}, gradient norm {float(grad_norm)}: left out; {ids=}"
             )
         self.optimizer.zero_grad(set_to_none=True)
+        load, entropy = None, sums[8 : 8 + layers].tolist() if self.model.config.moe else None
         if self.model.config.moe and finite:
-            counts = sums[5:].view(self.model.config.n_layers, -1)
+            counts = sums[8 + layers :].view(layers, -1)
             self.state.expert_fractions = (counts / counts.sum(1, keepdim=True)).float()
+            load = self.state.expert_fractions.tolist()
+            if self.state.balance_bias is not None:
+                self.state.balance_bias = updated_bias(self.state.balance_bias, counts, self.recipe.loss.balance_bias)
+                self.model.set_balance_bias(self.state.balance_bias)
         self.state.step += 1
         self.state.tokens += data.total_tokens
         self.state.skipped += not finite
-        self.state.data = self.loader.state_dict()
+        self.state.data = data.state
 
         seconds = time.perf_counter() - begin
         rate = flops / seconds / self.world.size
@@ -204,13 +233,18 @@ class Trainer:
             data_wait=data_wait / self.world.size,
             memory=peak_memory(self.world.device),
             skipped=self.state.skipped,
-            expert_load=None if self.state.expert_fractions is None else self.state.expert_fractions.tolist(),
+            expert_load=load,
+            fullest_expert=None if load is None else max(map(max, load)),
+            router_entropy=entropy,
+            preference=Preference(*preference) if self.recipe.objective == "dpo" else None,
         )
 
     def validate(self) -> dict[str, float]:
-        """Mean loss a target on each validation stream, by its name and, where it has several, its sources'."""
+        """Mean loss a target on each validation stream, by its name and, where it has several, its sources'; on one of
+        preferences, mean loss a pair, and accuracy.
+        """
         losses = {}
-        for name, stream in self.validation.items():
+        for i, (name, stream) in enumerate(self.validation.items()):
             data = self.recipe.data
             batches = sequential_batches(
                 stream,
@@ -218,6 +252,10 @@ class Trainer:
                 tokens_per_batch=data.sequence_length * data.packs_per_micro_batch,
                 max_tokens=data.validation_tokens,
             )
+            if self.held_out:
+                means = mean_preferences(self.model, self.held_out[i], batches, self.world)
+                losses |= dict(zip([name, f"{name}/accuracy"], means, strict=True))
+                continue
             means = mean_losses(self.model, batches, self.world, len(stream.sources))
             names = [name] if len(means) == 1 else [f"{name}/{source}" for source in stream.sources]
             losses |= dict(zip(names, means, strict=True))
@@ -236,21 +274,37 @@ class Trainer:
             state=self.state,
             recipe=self.recipe,
             tokenizer_from=self.tokenizer_from,
+            base=self.base,
         )
         self.passed_over = []  # they are gone; the next of their names is a good one
 
     def _sum_over_ranks(self, parts: list[StepLoss], scalars: list[float]) -> Tensor:
-        """(2 + scalars + layers * E,) fp64: loss, balance, the scalars and expert counts, in one reduction."""
+        """fp64, in one reduction: loss, balance, preferences (3), the scalars, and with experts entropies (layers) and
+        counts (layers * E).
+        """
         device = self.world.device
         losses = torch.stack([torch.stack([part.language, part.balance]).double() for part in parts]).sum(0)
-        counts = [part.expert_counts for part in parts if part.expert_counts is not None]
-        flat = [losses, torch.tensor(scalars, dtype=torch.float64, device=device)]
-        if counts:
-            flat.append(torch.stack(counts).sum(0).double().flatten())
+        preferences = [part.preference for part in parts if part.preference is not None]
+        flat = [losses, torch.stack(preferences).sum(0) if preferences else losses.new_zeros(3)]
+        flat.append(torch.tensor(scalars, dtype=torch.float64, device=device))
+        for routed in ([part.router_entropy for part in parts], [part.expert_counts for part in parts]):
+            tensors = [tensor.double() for tensor in routed if tensor is not None]
+            flat += [torch.stack(tensors).sum(0).flatten()] if tensors else []
         return self.world.sum(torch.cat(flat))
 
     def _stop(self, number: int, frame: Any) -> None:
         self.requested = True
+
+    def _adapters(self) -> list[str]:
+        """A line about them, if there are any."""
+        if (adapter := self.recipe.adapter) is None:
+            return []
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        frozen = "frozen" if adapter.quantise == "none" else f"frozen in {adapter.quantise.upper()}"
+        return [
+            f"  {adapter.kind} of rank {adapter.rank} on {', '.join(adapter.targets)}: {trained:,} parameters trained, "
+            f"{self.recipe.model.path} {frozen}"
+        ]
 
     def _banner(self) -> str:
         config = self.model.config
@@ -259,10 +313,8 @@ class Trainer:
         lines = [
             f"{self.recipe.objective} on {self.world}, {self.recipe.train.precision}, torch {torch.__version__}: "
             f"{config.parameters():,} parameters{active}, {backends}",
-            *(
-                f"  {s.stream.folder}: {len(s.stream):,} documents, {s.stream.tokens:,} tokens, weight {s.weight:g}"
-                for s in self.sources
-            ),
+            *self._adapters(),
+            *(f"  {line}" for line in self.loader.summary(self.steps)),
             f"  {self.steps:,} steps of {self.recipe.data.packs_per_step} packs of "
             f"{self.recipe.data.sequence_length:,} tokens; output {self.output}",
         ]
@@ -281,7 +333,7 @@ def mean_losses(model: Transformer, batches: Iterable[Batch], world: World, sour
     """
     model.eval()
     sums = torch.zeros(2, sources, dtype=torch.float64, device=world.device)  # of losses, of weights
-    for batch in _share(batches, world):
+    for batch in deal(batches, world):
         batch = batch.to(world.device)
         hidden = model(batch.tokens, batch.layout).hidden
         output = model.head.loss(hidden, batch.targets, token_weights=batch.weights, rows=batch.target_rows)
@@ -289,12 +341,6 @@ def mean_losses(model: Transformer, batches: Iterable[Batch], world: World, sour
         sums.index_add_(1, source, torch.stack([output.nll * batch.weights, batch.weights]).double())
     totals, weights = world.sum(sums).tolist()
     return [total / weight if weight else math.nan for total, weight in zip(totals, weights, strict=True)]
-
-
-def _share(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
-    """This rank's batches, a ghost where it has none: a sharded model runs on all ranks or on none."""
-    for turn in zip_longest(*[iter(batches)] * world.size):
-        yield turn[world.rank] or Batch.ghost()
 
 
 def build_model(recipe: Recipe, world: World, source: Path | None) -> Transformer:
@@ -307,15 +353,24 @@ def build_model(recipe: Recipe, world: World, source: Path | None) -> Transforme
     assert config is not None
     kernels = recipe.kernels
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    with torch.device("cpu" if world.mesh is None else "meta"):
-        model = Transformer(config, attention=kernels.attention, moe=kernels.moe, device=world.device, dtype=dtype)
+    computed = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
+    # What is frozen is kept as it is computed with: nothing is ever added to it.
+    kept = dtype if recipe.adapter is None else computed
+    with torch.device("meta"):
+        model = Transformer(config, attention=kernels.attention, moe=kernels.moe, device=world.device, dtype=kept)
+        if recipe.adapter is not None:
+            lora.attach(model, recipe.adapter, dtype)
     model.set_recompute(recipe.train.recompute)
     shard(model, world, recipe.train.precision)
-    model.to_empty(device=world.device) if world.mesh else model.to(world.device)
+    model.to_empty(device=world.device)
     if source is None:
         model.initialise(recipe.seed)
     else:
         fill_model(model, source)
+    if recipe.adapter is not None:
+        lora.initialise(model, recipe.seed)
+        if recipe.adapter.path is not None:
+            load_peft(model, recipe.adapter.path)
     return model
 
 
@@ -346,11 +401,21 @@ def check_streams(
 
 
 def planned_steps(recipe: Recipe, loader: Loader) -> int:
-    """Optimizer steps of a run, from whichever way the recipe gives its length."""
+    """Optimizer steps of a run, from whichever way the recipe gives its length.
+
+    Raises ValueError where the sources run out before.
+    """
     train, data = recipe.train, recipe.data
     if train.steps is not None:
-        return train.steps
-    if train.tokens is not None:
-        return math.ceil(train.tokens / (data.packs_per_step * data.sequence_length))
-    assert train.epochs is not None
-    return max(1, math.ceil(train.epochs * loader.packs_per_epoch / data.packs_per_step))
+        steps = train.steps
+    elif train.tokens is not None:
+        steps = math.ceil(train.tokens / (data.packs_per_step * data.sequence_length))
+    else:
+        assert train.epochs is not None
+        steps = max(1, math.ceil(train.epochs * loader.packs_per_epoch / data.packs_per_step))
+    if loader.steps is not None and steps > loader.steps:
+        raise ValueError(
+            f"train: {steps:,} steps, but with their epochs the sources last for {loader.steps:,}: train for fewer, or "
+            "give a source more epochs, or none, to let it begin again"
+        )
+    return steps

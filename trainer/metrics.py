@@ -9,7 +9,7 @@ import resource
 import secrets
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from tokenmill.data.batch import Batch
+from tokenmill.trainer.balance import PATIENCE, STARVING, Watch
 from tokenmill.trainer.config import LogSection
 from tokenmill.trainer.files import replace_file
 from tokenmill.trainer.model import ModelConfig
@@ -31,12 +32,25 @@ PEAK_FLOPS = {
 
 
 @dataclass(frozen=True)
+class Preference:
+    """Means over a step's pairs."""
+
+    chosen: float  # reward: beta times the log-ratio with the reference; simpo: times the mean log-probability
+    rejected: float
+    accuracy: float  # share of the pairs whose chosen answer has the higher reward
+    margin: float = field(init=False)  # chosen - rejected
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "margin", self.chosen - self.rejected)
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """In metrics.jsonl, a number that is not finite is null: JSON has no other name for it."""
 
     step: int  # optimizer steps done
     tokens: int  # rows of real documents, cumulative
-    loss: float  # mean negative log-likelihood a target, nats
+    loss: float  # mean negative log-likelihood a target, nats; of preferences, mean loss a pair
     balance: float  # load-balancing loss, 1 when even; 0 for a dense model
     grad_norm: float  # before clipping
     lr: float
@@ -48,13 +62,21 @@ class StepRecord:
     memory: float  # peak GiB: allocated on a GPU, resident on a CPU
     skipped: int  # steps left out so far, since a loss or gradient was not finite
     expert_load: list[list[float]] | None  # [layer][expert] share of this step's tokens
+    fullest_expert: float | None  # the largest of them
+    router_entropy: list[float] | None  # [layer] mean over tokens, nats: log(E) when even, 0 when certain
+    preference: Preference | None = None  # of objective = "dpo"
 
 
-def exact_flops(config: ModelConfig, batches: list[Batch]) -> float:
+def exact_flops(config: ModelConfig, batches: list[Batch], *, frozen: bool = False) -> float:
     """Floating-point operations of a forward and backward pass over `batches` (still on the CPU)."""
-    lengths = np.concatenate([np.diff(batch.layout.cu_seqlens.numpy()) for batch in batches])
-    pairs = sum(attended_pairs(int(length), config.sliding_window) for length in lengths)
-    return config.flops(int(lengths.sum()), pairs)
+    tokens = pairs = 0
+    for layout in (batch.layout for batch in batches):
+        rows = np.diff(layout.cu_seqlens.numpy())
+        keys = rows if layout.keys is None else np.diff(layout.keys.cu_seqlens.numpy())
+        tokens += int(rows.sum())
+        for length, seen in zip(rows.tolist(), keys.tolist(), strict=True):  # queries are the last rows of their keys
+            pairs += attended_pairs(seen, config.sliding_window) - attended_pairs(seen - length, config.sliding_window)
+    return config.flops(tokens, pairs, frozen=frozen)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -88,6 +110,7 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int, steps: int, console: Console, section: LogSection) -> None:
         self._file = self._bar = None
         self._steps = steps
+        self._watch = Watch()
         self._silent = console == "none"
         self._boards: list[Callable[[dict[str, float], int], None]] = []
         self._closers: list[Callable[[], None]] = []
@@ -109,17 +132,28 @@ class MetricsLog:
 
     def step(self, record: StepRecord) -> None:
         self._write(asdict(record))
+        for layer, expert in [] if self._silent else self._watch.step(record.expert_load or []):
+            share = STARVING / len((record.expert_load or [])[layer])
+            self.warn(
+                f"step {record.step}: expert {expert} of layer {layer} starves, with less than {share:.2%} of the "
+                f"tokens for {PATIENCE} steps"
+            )
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} tok/s", refresh=False)
             self._bar.update()
         if self._bar is not None or self._silent:
             return
         mfu = "" if record.mfu is None else f"  mfu {record.mfu:.1%} (exact {record.mfu_exact:.1%})"
+        fullest = "" if record.fullest_expert is None else f"  fullest expert {record.fullest_expert:.0%}"
+        liked = ""
+        if (of := record.preference) is not None:
+            liked = f"  rewards {of.chosen:.3f} {of.rejected:.3f}  margin {of.margin:.3f}  accuracy {of.accuracy:.1%}"
         skipped = f"  skipped {record.skipped}" if record.skipped else ""
         print(
-            f"step {record.step}/{self._steps}  loss {record.loss:.4f}  norm {record.grad_norm:.3f}  lr {record.lr:.2e}"
+            f"step {record.step}/{self._steps}  loss {record.loss:.4f}{liked}  norm {record.grad_norm:.3f}"
+            f"  lr {record.lr:.2e}"
             f"  {record.tokens_per_second:,.0f} tok/s  {record.tflops:.3g} TFLOP/s{mfu}"
-            f"  wait {record.data_wait * 1e3:.1f} ms  {record.memory:.2f} GiB{skipped}",
+            f"  wait {record.data_wait * 1e3:.1f} ms  {record.memory:.2f} GiB{fullest}{skipped}",
             flush=True,
         )
 

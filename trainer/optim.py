@@ -1,4 +1,4 @@
-"""The optimizer: AdamW, with weight decay on matrices only."""
+"""The optimizer: AdamW, with weight decay on matrices only; or RMSprop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tokenmill.trainer.model.rows import local_part
 def build_optimizer(
     model: nn.Module, section: OptimizerSection, precision: str = "fp32", seed: int = 0
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019): PyTorch's fused one, or where `precision` is bf16 the one below.
+    """AdamW (Loshchilov and Hutter 2019): PyTorch's fused one, or where `precision` is bf16 the one below; or PyTorch's
+    RMSprop (Hinton, 2012), whose state is half of AdamW's.
 
     Norms' gains are not decayed: they have nothing to be regularised for.
     """
@@ -25,6 +26,8 @@ def build_optimizer(
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": section.weight_decay},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
+    if section.kind == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=section.learning_rate, alpha=section.betas[1], eps=section.eps)
     if precision == "bf16":
         return StochasticAdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, seed=seed)
     return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True)

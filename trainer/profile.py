@@ -21,13 +21,14 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
 from tokenmill.data.batch import Batch
-from tokenmill.data.loader import Loader
+from tokenmill.data.prefetch import Prefetch
 from tokenmill.trainer.config import Recipe
 from tokenmill.trainer.distributed import World, join
 from tokenmill.trainer.files import replace_file
 from tokenmill.trainer.loop import Trainer
 from tokenmill.trainer.model import Transformer, attention
 from tokenmill.trainer.model.attention import Attention
+from tokenmill.trainer.model.linear import Linear
 from tokenmill.trainer.model.moe import MoELayer
 from tokenmill.trainer.model.transformer import Embedding, Head, RMSNorm
 from tokenmill.trainer.trace import SCOPE, WINDOW, Gemm, account
@@ -89,7 +90,7 @@ _MODULES: dict[type[nn.Module], str] = {
     RMSNorm: "norm",
     Attention: "attention",
     MoELayer: "experts",
-    nn.Linear: "gemm",
+    Linear: "gemm",
     Head: "loss",
 }
 
@@ -182,7 +183,7 @@ def _memory_snapshot(trainer: Trainer, file: Path | None) -> None:
 def _scopes(trainer: Trainer) -> Iterator[None]:
     """While it lasts, the parts of the step run in scopes named by their kinds."""
     functions = [
-        (Loader, "__next__", "data"),
+        (Prefetch, "__next__", "data"),
         (Batch, "to", "data"),
         (trainer, "objective", "loss"),
         (attention, "apply_rotary", "rotary"),  # a function in the midst of a module

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_TENSORS = ("expert_fractions", "balance_bias")
+
 
 @dataclass
 class TrainState:
@@ -20,14 +22,16 @@ class TrainState:
     skipped: int = 0  # steps whose loss or gradient was not finite
     data: dict[str, Any] | None = None  # the loader's: samples consumed, seed, fingerprint
     expert_fractions: Tensor | None = None  # (layers, E) fp32: share of tokens of each expert in the previous step
+    balance_bias: Tensor | None = None  # (layers, E) fp32: added to the routers' probabilities for the choice
 
     def to_json(self) -> dict[str, Any]:
-        fractions = None if self.expert_fractions is None else self.expert_fractions.tolist()
-        return asdict(self) | {"expert_fractions": fractions}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        return asdict(self) | {name: None if t is None else t.tolist() for name, t in tensors.items()}
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> TrainState:
-        fractions = raw["expert_fractions"]
+        """Bitwise what `to_json` was given: JSON keeps every bit of a number."""
         state = TrainState(**raw)
-        state.expert_fractions = None if fractions is None else torch.tensor(fractions)
+        for name in _TENSORS:
+            setattr(state, name, None if raw.get(name) is None else torch.tensor(raw[name]))
         return state

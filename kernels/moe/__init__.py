@@ -33,12 +33,14 @@ _BACKENDS: dict[str, Any] = {
 class Backend(NamedTuple):
     """One way to compute `experts`: called as `backend.experts(xs, offsets, w_gate_up, w_down)`.
 
-    `layer(x, routing, w_gate_up, w_down)`, where there is one, also permutes and combines.
+    `layer(x, routing, w_gate_up, w_down)`, where there is one, also permutes and combines. `linear(xs, w, offsets)` is
+    one product alone, w (E, N, K), for what adds something to it.
     """
 
     name: str
     experts: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     layer: Callable[[Tensor, Routing, Tensor, Tensor], Tensor] | None = None
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def __str__(self) -> str:
         return megablocks.source() if self.name == "megablocks" else self.name
@@ -47,8 +49,8 @@ class Backend(NamedTuple):
 def choose(name: str, device: torch.device | str, dtype: torch.dtype) -> Backend:
     """The backend called `name`, or under "auto" the best for the device.
 
-    On a GPU that is "grouped_mm", until "triton" has been measured there. On a CPU it is the loop: as fast there as the
-    grouped product for a few experts, and for any shape and dtype.
+    On a GPU that is "grouped_mm", until "triton" has been measured there. On a CPU it is the loop, for any shape and
+    dtype: it took 0.8 to 0.9 times as long as the grouped product with 4 or 8 experts, 1.05 times with 32 small ones.
     Raises ValueError where the name is unknown, or the backend cannot run there: the message says why.
     """
     device = torch.device(device)
@@ -60,7 +62,8 @@ def choose(name: str, device: torch.device | str, dtype: torch.dtype) -> Backend
     reason = _BACKENDS[name].supports(device, dtype)
     if reason is not None:
         raise ValueError(f'moe = "{name}" cannot run here: {reason}; choose another or "auto"')
-    return Backend(name, _BACKENDS[name].experts, getattr(_BACKENDS[name], "layer", None))
+    module = _BACKENDS[name]
+    return Backend(name, module.experts, getattr(module, "layer", None), getattr(module, "linear", None))
 
 
 def experts(xs: Tensor, offsets: Tensor, w_gate_up: Tensor, w_down: Tensor, backend: str | Backend = "auto") -> Tensor:

@@ -32,12 +32,19 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, and beginning at a multiple of 16 bytes, as copies need; a view need not."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.storage_offset() * tensor.element_size() % 16 else tensor
+
+
 @library.custom_op("tokenmill::moe_experts", mutates_args=())
 def _experts(
     x: Tensor, w_gate_up: Tensor, w_down: Tensor, offsets: Tensor,
     inverse: Tensor | None, weights: Tensor | None, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The layer with inverse and weights (T, k); without, sorted rows in and out. And gate_up, empty unless `keep`."""
+    x, w_gate_up, w_down = _aligned(x), _aligned(w_gate_up), _aligned(w_down)
     xs = x if inverse is None else spread(x, inverse)
     gate_up, h = grouped_gemm.gate_up(xs, w_gate_up, offsets, keep)
     ys = grouped_gemm.product(h, w_down, offsets, transposed=True)
@@ -56,6 +63,7 @@ def _experts_backward(
     inverse: Tensor | None, weights: Tensor | None, of_x: bool, of_gate_up: bool, of_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, w_gate_up, w_down and weights; empty where not asked for."""
+    dy, x, w_gate_up, w_down = _aligned(dy), _aligned(x), _aligned(w_gate_up), _aligned(w_down)
     dx, d_w_gate_up, d_w_down = (x.new_empty(0) for _ in range(3))
     d_weights, p = x.new_empty(0, dtype=torch.float32), None
     if inverse is not None and weights is not None:
@@ -98,7 +106,7 @@ def _backward(ctx, dy, _):
         return (None,) * 7
     needs = ctx.needs_input_grad
     dx, d_w_gate_up, d_w_down, d_weights = _experts_backward(
-        dy.contiguous(), x, gate_up, w_gate_up, w_down, offsets, inverse, weights, *needs[:3]
+        dy, x, gate_up, w_gate_up, w_down, offsets, inverse, weights, *needs[:3]
     )
     gradients = (dx, d_w_gate_up, d_w_down, None, None, d_weights, None)
     return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
@@ -122,6 +130,8 @@ def _run(
     x: Tensor, w_gate_up: Tensor, w_down: Tensor, offsets: Tensor, inverse: Tensor | None, weights: Tensor | None
 ) -> Tensor:
     """Raises ValueError where dtypes differ, or a row is not a multiple of 16 bytes: copies need that."""
+    if weights is not None and weights.dtype != torch.float32:
+        raise ValueError(f'moe = "triton": the weights of the choices are {weights.dtype}, expected torch.float32')
     if not x.dtype == w_gate_up.dtype == w_down.dtype:
         raise ValueError(
             f'moe = "triton": x is {x.dtype}, w_gate_up {w_gate_up.dtype} and w_down {w_down.dtype}; cast to one dtype'
@@ -132,7 +142,7 @@ def _run(
                 f'moe = "triton" needs rows of a multiple of 16 bytes, and {name} = {size} of {x.element_size()} bytes '
                 f'is not: choose "reference"'
             )
-    tensors = (x.contiguous(), w_gate_up.contiguous(), w_down.contiguous())
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, weights))
-    y, _ = _experts(*tensors, offsets, inverse, weights, keep)
+    weights = None if weights is None else weights.contiguous()
+    needed = any(t is not None and t.requires_grad for t in (x, w_gate_up, w_down, weights))
+    y, _ = _experts(x, w_gate_up, w_down, offsets, inverse, weights, torch.is_grad_enabled() and needed)
     return y

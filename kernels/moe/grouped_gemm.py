@@ -275,6 +275,7 @@ def _launch(kernel: Any, name: str, sizes: tuple[int, int, int], *arguments: Any
     kernel[(launch.multiprocessors(x.device),)](*arguments, EXPERTS=sizes[0], **constants, **settings)
 
 
+@launch.on_its_device
 def product(x: Tensor, w: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
     """(M, N) of x (M, K) and w, which is (E, N, K) if `transposed`, as a linear layer has it, else (E, K, N)."""
     experts, n, k = w.shape if transposed else (w.shape[0], w.shape[2], w.shape[1])
@@ -286,6 +287,7 @@ def product(x: Tensor, w: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
     return y
 
 
+@launch.on_its_device
 def gate_up(x: Tensor, w: Tensor, offsets: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """gate_up (M, 2F), or (0,) unless `keep`, and h (M, F), of x (M, K) and w (E, 2F, K)."""
     experts, width, k = w.shape
@@ -299,6 +301,7 @@ def gate_up(x: Tensor, w: Tensor, offsets: Tensor, keep: bool) -> tuple[Tensor, 
     return both, h
 
 
+@launch.on_its_device
 def hidden_gradient(
     dy: Tensor, w: Tensor, both: Tensor, offsets: Tensor, p: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -316,6 +319,7 @@ def hidden_gradient(
     return d_both, ph, None if d_p is None else d_p.sum(1)
 
 
+@launch.on_its_device
 def weight_gradient(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """(E, N, K): a^T b over the rows of each expert, of a (M, N) and b (M, K); 0 where it has none."""
     experts, n, k = offsets.shape[0], a.shape[1], b.shape[1]

@@ -30,3 +30,14 @@ def experts(xs: Tensor, offsets: Tensor, w_gate_up: Tensor, w_down: Tensor) -> T
             )
     hidden = swiglu(F.grouped_mm(xs, w_gate_up.transpose(1, 2), offs=offsets))
     return F.grouped_mm(hidden, w_down.transpose(1, 2), offs=offsets)
+
+
+def linear(xs: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """x w[e]^T of each expert's rows: xs (M, K) sorted, w (E, N, K) to (M, N). Raises ValueError as `experts`."""
+    for size in w.shape[1:]:
+        if size * xs.element_size() % 16:
+            raise ValueError(
+                f'moe = "grouped_mm" needs rows of a multiple of 16 bytes, and {size} of {xs.element_size()} bytes are '
+                f'not: choose "reference", or for an adapter another rank'
+            )
+    return F.grouped_mm(xs, w.transpose(1, 2), offs=offsets)

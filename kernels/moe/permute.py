@@ -2,7 +2,14 @@
 
 A token appears k times in the sorted rows. Both directions read: where autograd would add rows into their tokens one
 after another (atomically on a GPU, in any order), the k rows of a token are summed from where they lie.
+
+On a GPU choices are sorted by counting, since there are few experts: each block of choices counts its own by expert;
+the running sum of these counts, expert after expert and block after block, is where each block's choices of each expert
+begin; and within a block, a choice comes after those before it. So equal choices keep their order.
 """
+
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# (Triton's annotations are those of its own compiler.)
 
 from __future__ import annotations
 
@@ -10,9 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+import triton
+import triton.language as tl
+from torch import Tensor, library
 
-from tokenmill.kernels.backends import cast
+from tokenmill.kernels import backends, launch
 from tokenmill.kernels.moe.router import Routing
 
 
@@ -31,14 +40,97 @@ class Permuted(NamedTuple):
     inverse: Tensor
 
 
+# ------------------------------------------------------------------------------------------------------------ sorting
+
+
+def sort_reference(experts: Tensor, num_experts: int) -> Sorted:
+    choices, order = experts.reshape(-1).sort(stable=True)
+    ends = torch.arange(num_experts, device=order.device)
+    offsets = torch.searchsorted(choices, ends, right=True, out_int32=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return Sorted(offsets, order, inverse.view_as(experts))
+
+
+@triton.jit
+def _taken(experts, count, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+    """(BLOCK,) the choices of a block, and (BLOCK, SPAN) int32 which expert each of them takes."""
+    choice = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(experts + choice, mask=choice < count, other=SPAN).to(tl.int32)
+    return choice, (expert[:, None] == tl.arange(0, SPAN)[None, :]).to(tl.int32)
+
+
+@triton.jit
+def _count_kernel(experts, counts, count, EXPERTS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+    """counts (E, blocks)."""
+    _, taken = _taken(experts, count, SPAN, BLOCK)
+    e = tl.arange(0, SPAN)
+    tl.store(counts + e * tl.num_programs(0) + tl.program_id(0), tl.sum(taken, 0), mask=e < EXPERTS)
+
+
+@triton.jit
+def _place_kernel(
+    experts, counts, ends, order, inverse, count, EXPERTS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """ends (E, blocks): the running sum of counts."""
+    choice, taken = _taken(experts, count, SPAN, BLOCK)
+    e = tl.arange(0, SPAN)
+    at = e * tl.num_programs(0) + tl.program_id(0)
+    begin = tl.load(ends + at, mask=e < EXPERTS, other=0) - tl.load(counts + at, mask=e < EXPERTS, other=0)
+    place = tl.sum(taken * (begin[None, :] + tl.cumsum(taken, 0) - 1), 1)
+    inside = choice < count
+    tl.store(inverse + choice, place.to(tl.int64), mask=inside)
+    tl.store(order + place, choice, mask=inside)
+
+
+@library.custom_op("tokenmill::sort_choices", mutates_args=())
+@launch.on_its_device
+def _sort_choices(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of Sorted."""
+    settings: dict[str, Any] = launch.sort_choices("sort_choices", num_experts) | {"EXPERTS": num_experts}
+    count = experts.numel()
+    blocks = triton.cdiv(count, settings["BLOCK"])
+    order, inverse = experts.new_empty(count, dtype=torch.int64), torch.empty_like(experts, dtype=torch.int64)
+    if not count:
+        return experts.new_zeros(num_experts, dtype=torch.int32), order, inverse
+    counts = experts.new_empty(num_experts * blocks, dtype=torch.int32)
+    _count_kernel[(blocks,)](experts, counts, count, **settings)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    _place_kernel[(blocks,)](experts, counts, ends, order, inverse, count, **settings)
+    return ends[blocks - 1 :: blocks].clone(), order, inverse
+
+
+@_sort_choices.register_fake
+def _(experts, num_experts):
+    order = experts.new_empty(experts.numel(), dtype=torch.int64)
+    return order.new_empty(num_experts, dtype=torch.int32), order, torch.empty_like(experts, dtype=torch.int64)
+
+
+def sort_choices(routing: Routing, *, backend: backends.Backend = "auto") -> Sorted:
+    """Where each choice goes, a ghost's too. Never waits for the device."""
+    return sort_by_expert(routing.experts, routing.counts.numel(), backend=backend)
+
+
+def sort_by_expert(experts: Tensor, num_experts: int, *, backend: backends.Backend = "auto") -> Sorted:
+    """The same for experts (T, k) integers alone."""
+    if backends.choose(backend, experts) == "torch":
+        return sort_reference(experts, num_experts)
+    return Sorted(*_sort_choices(experts.contiguous(), num_experts))
+
+
+# --------------------------------------------------------------------------------------------------- there and back
+
+
 def _sum_choices(ys: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
     """(T, D) sum, weighted or not, in float32 of each token's k rows of ys (T * k, D): an embedding bag a token."""
     accurate = ys.to(torch.promote_types(ys.dtype, torch.float32))
     weights = None if weights is None else weights.to(accurate.dtype)
-    return cast(F.embedding_bag(inverse, accurate, per_sample_weights=weights, mode="sum"), ys.dtype)
+    return backends.cast(F.embedding_bag(inverse, accurate, per_sample_weights=weights, mode="sum"), ys.dtype)
 
 
 class _Permute(torch.autograd.Function):
+    """Rows of x, each k times, in `order`; where k is 1, with `order` and `inverse` swapped, back again."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
@@ -62,16 +154,6 @@ class _Combine(torch.autograd.Function):
         d_weights = torch.linalg.vecdot(ys.to(weights.dtype), dy)[inverse]
         d_ys = dy * weights.reshape(-1)[order][:, None]
         return d_ys.to(ys.dtype), d_weights, None, None
-
-
-def sort_choices(routing: Routing) -> Sorted:
-    """Where each choice goes. Never waits for the device."""
-    choices, order = routing.experts.reshape(-1).sort(stable=True)
-    ends = torch.arange(routing.counts.numel(), device=order.device)
-    offsets = torch.searchsorted(choices, ends, right=True, out_int32=True)  # of all rows, a ghost's too
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return Sorted(offsets, order, inverse.view_as(routing.experts))
 
 
 def permute(x: Tensor, routing: Routing) -> Permuted:

@@ -19,3 +19,9 @@ def experts(xs: Tensor, offsets: Tensor, w_gate_up: Tensor, w_down: Tensor) -> T
     # unbind, not w[e]: the gradient of each w[e] would be a tensor of all experts' size.
     weights = zip(xs.split(counts), w_gate_up.unbind(), w_down.unbind(), strict=True)
     return torch.cat([swiglu(x @ gate_up.T) @ down.T for x, gate_up, down in weights])
+
+
+def linear(xs: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """x w[e]^T of each expert's rows: xs (M, K) sorted, w (E, N, K) to (M, N). Waits for the device as `experts`."""
+    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    return torch.cat([x @ of_expert.T for x, of_expert in zip(xs.split(counts), w.unbind(), strict=True)])

@@ -46,6 +46,7 @@ def _sum_choices_kernel(
     tl.store(out + token * dim + channels, total.to(out.dtype.element_ty), mask=channels < dim)
 
 
+@launch.on_its_device
 def spread(x: Tensor, inverse: Tensor) -> Tensor:
     """(T * k, D) of x (T, D), contiguous, and inverse (T, k) int64."""
     (tokens, dim), choices = x.shape, inverse.shape[1]
@@ -57,6 +58,7 @@ def spread(x: Tensor, inverse: Tensor) -> Tensor:
     return out
 
 
+@launch.on_its_device
 def sum_choices(ys: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
     """(T, D) of ys (T * k, D), inverse (T, k) int64 and weights (T, k) float32, ones if None."""
     (tokens, choices), dim = inverse.shape, ys.shape[1]

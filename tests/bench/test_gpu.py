@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tokenmill.bench import checks, gpu, ops
+from tokenmill.bench import checks, gpu, head, moe, ops
 from tokenmill.bench.gpu import PARTS, Part, Place, visit
 
 
@@ -121,8 +121,8 @@ def test_a_check_that_does_not_hold_shows_in_the_exit_status(tmp_path):
 def test_every_part_exists():
     from tokenmill.bench import training
 
-    modules = {"checks": checks, "ops": ops, "training": training}
-    for part in PARTS:
+    modules = {"checks": checks, "head": head, "moe": moe, "ops": ops, "training": training}
+    for part in [*PARTS, *gpu.MORE, *gpu.EXPERTS]:
         module, name = part.function.removeprefix("tokenmill.bench.").split(":")
         assert callable(getattr(modules[module], name))
 
@@ -160,8 +160,14 @@ def test_a_wrong_operation_does_not_hold():
     assert not checks.compared("unwritten", torch.float32, unwritten, definition, inputs)["held"]
 
 
-@pytest.mark.parametrize("name", ["ceilings", "cross_entropy", "attention", "moe", "elementwise"])
-def test_measurements_are_complete(place, name):
-    for row in getattr(ops, name)(place):
+MEASUREMENTS = [
+    ops.ceilings, ops.attention, ops.elementwise, moe.moe,
+    head.cross_entropy, head.log_probabilities, head.vocabularies,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", MEASUREMENTS)
+def test_measurements_are_complete(place, part):
+    for row in part(place):
         assert row["ms"] > 0
         assert row["runs"] >= 3

@@ -141,6 +141,20 @@ def test_an_entry_of_the_table_that_no_case_launches(monkeypatch):
     assert len(static.unlaunched(asked, [80, 90])) == 2
 
 
+def test_limits():
+    row = {
+        "kernel": "k", "arch": "sm_100", "case": "experts", "config": {}, "spill_bytes": 0, "shared_bytes": 227 << 10,
+        "tensor_memory_columns": 512, "has_dot": True, "tensor_core_instructions": 1, "main_loop_is_synchronous": False,
+    }  # fmt: skip
+    assert static.faults(row) == []
+    assert len(static.faults(row | {"shared_bytes": (227 << 10) + 1})) == 1
+    (line,) = static.faults(row | {"tensor_memory_columns": 640})
+    assert line == "k on sm_100 (experts: ) takes 640 columns of tensor memory, of 512"
+    exact = row | {"tensor_core_instructions": 0}
+    assert len(static.faults(exact)) == 1
+    assert static.faults(exact | {"case": "experts, fp32"}) == []
+
+
 def test_what_cannot_be_compiled_is_said(monkeypatch):
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         static.main([90])
@@ -174,6 +188,10 @@ def test_loops():
     assert examine(listing(*prologue))["main_loop_is_synchronous"]
     persistent = ".L_x_1:", *prologue, "@P1 BRA `(.L_x_1)"
     assert examine(listing(*persistent))["main_loop_is_synchronous"]
+    synchronous = ".L_x_2:", "LDG.E R4, [R2.64]", product, "@P0 BRA `(.L_x_2)"
+    assert examine(listing(*inside, *synchronous))["main_loop_is_synchronous"]  # which the other does not excuse
+    epilogue = ".L_x_1:", *inside, product, "@P1 BRA `(.L_x_1)"
+    assert not examine(listing(*epilogue))["main_loop_is_synchronous"]
     unrolled = examine(listing(copy, product, product))
     assert (unrolled["main_loop_is_synchronous"], unrolled["tensor_core_instructions"]) == (False, 2)
     repeated = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -33,12 +34,13 @@ def test_what_a_case_asks_for():
 
 
 def test_one_argument_at_a_time():
-    tried = list(tune.neighbours({"BLOCK": 64, "STAGES": 1, "FLATTEN": False, "ONCE": True, "num_warps": 1}))
-    base = {"BLOCK": 64, "STAGES": 1, "FLATTEN": False, "ONCE": True, "num_warps": 1}
-    assert tried == [
-        base | {"BLOCK": 32}, base | {"BLOCK": 128}, base | {"STAGES": 2}, base | {"FLATTEN": True},
-        base | {"num_warps": 2},
-    ]  # fmt: skip
+    base = {"BLOCK": 64, "STAGES": 1, "FLATTEN": False, "ONCE": False, "num_warps": 1}
+    others = [base | {"STAGES": 2}, base | {"FLATTEN": True}, base | {"num_warps": 2}]
+    blocks = [base | {"BLOCK": 32}, base | {"BLOCK": 128}]
+    assert list(tune.neighbours("swiglu", base)) == blocks + others
+    assert list(tune.neighbours("rms_norm", base)) == others  # which holds a row in a block
+    assert list(tune.neighbours("cross_entropy_row", base | {"ONCE": True})) == [x | {"ONCE": True} for x in others]
+    assert list(tune.neighbours("rotary", {"Q_BLOCK": 32, "K_BLOCK": 8, "HALF_BLOCK": 64})) == []
 
 
 def test_the_fastest_right_arguments_go_into_the_table(monkeypatch, tmp_path, capsys):
@@ -71,6 +73,52 @@ def test_a_wrong_result_is_no_candidate():
     assert trial.is_right(arguments | {"BLOCK": 2 * arguments["BLOCK"]}, expected)
     assert not trial.is_right(arguments | {"BLOCK": arguments["BLOCK"] // 2}, expected)
     assert not trial.is_right(arguments | {"BLOCK": 100}, expected)
+
+
+def test_what_is_left_out_shows():
+    """Half the heads, in memory that held the whole result before."""
+    case = CASES["rotary, fp32"]
+    ((kernel, shape, arguments),) = tune.asked(case, "cpu", True)
+    trial = tune._Trial(case("cpu", True), kernel, shape)
+    expected = trial.result(arguments)
+    assert trial.is_right(arguments, expected)
+    for name in ("Q_BLOCK", "K_BLOCK", "HALF_BLOCK"):
+        half = arguments | {name: arguments[name] // 2}
+        assert any(x.isnan().any() for x in trial.result(half))
+        assert not trial.is_right(half, expected)
+
+
+def test_an_update_in_place_is_compared():
+    case = CASES["adamw"]
+    ((kernel, shape, arguments),) = tune.asked(case, "cpu", True)
+    trial = tune._Trial(case("cpu", True), kernel, shape)
+    expected = trial.result(arguments)
+    assert len(expected) == 3
+    assert trial.is_right(arguments | {"BLOCK": arguments["BLOCK"] // 2}, expected)  # each run has the same state
+    expected[0] = expected[0] * 1.1
+    assert not trial.is_right(arguments, expected)
+    with pytest.raises(ValueError, match="the case of adamw returns nothing"):
+        tune._Trial(lambda: (), kernel, shape).result(arguments)
+
+
+def test_only_its_own_launches_count(monkeypatch):
+    launched = []
+    compiler: Any = tune.JITFunction
+    monkeypatch.setattr(compiler, "run", lambda kernel, **given: launched.append(kernel))
+
+    def run() -> tuple[torch.Tensor]:
+        for kernel, size in (("norm", 4), ("norm", 8), ("other", 4), ("norm", 4)):
+            settings = launch.settings(kernel, [size], {"BLOCK": 16, "PROGRAMS": 2})
+            del settings["PROGRAMS"]  # is for the launcher
+            for name in ("first", "second"):
+                compiler.run(f"{kernel} {size} {name}", **settings, DIM=size)
+            compiler.run("asks nothing", BLOCK=4096)
+        return (torch.ones(1),)
+
+    trial = tune._Trial(run, "norm", "4")
+    trial.result({"BLOCK": 32, "PROGRAMS": 1})
+    assert len(launched) == 12
+    assert len(trial.marks) == 4  # of two launches, twice
 
 
 def test_wrong_input_is_named(capsys, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,9 +19,18 @@ def spans_of(mask: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.diff(np.concatenate([[True], mask != 0, [True]]))).astype(np.uint64).reshape(-1, 2)
 
 
+def assemble(tokens, silent, shard, start, length):
+    """The rows that _C.assemble fills: tokens, targets, weights, positions and cu_seqlens."""
+    total = int(np.clip(np.sum(np.asarray(length, np.float64)), 0, 10**6))
+    rows: list[Any] = [np.full(total, 77, dtype) for dtype in (np.int32, np.int64, np.float32, np.int32)]
+    rows.append(np.full(len(length) + 1, 77, np.int32))
+    _C.assemble(tokens, silent, shard, start, length, *rows)
+    return rows
+
+
 def check(shards: list[np.ndarray], masks: list[np.ndarray], parts: list[tuple[int, int, int]]) -> None:
     shard, start, length = (np.array(column, np.int64) for column in zip(*parts, strict=True))
-    tokens, targets, weights, positions, cu_seqlens = _C.assemble(
+    tokens, targets, weights, positions, cu_seqlens = assemble(
         shards, [spans_of(mask) for mask in masks], shard, start, length
     )
     expected = Batch.from_documents(
@@ -68,7 +79,7 @@ def test_spans_that_make_no_sense_write_nothing_outside():
     rng = np.random.default_rng(0)
     for _ in range(500):
         silent = rng.integers(0, 2**64, (5, 2), dtype=np.uint64) % np.uint64(rng.choice([12, 2**63]))
-        tokens, targets, weights, *_ = _C.assemble([shard], [silent], [0, 0], [0, 5], [5, 5])
+        tokens, targets, weights, *_ = assemble([shard], [silent], [0, 0], [0, 5], [5, 5])
         assert tokens.tolist() == list(range(10))
         assert np.all((targets == -100) == (weights == 0))
 
@@ -91,7 +102,7 @@ SHARDS = ([np.arange(10, dtype=np.uint16)], [np.zeros((0, 2), np.uint64)])
 )
 def test_nothing_outside_a_shard_is_read(shard, start, length, message):
     with pytest.raises(ValueError, match=message):
-        _C.assemble(*SHARDS, shard, start, length)
+        assemble(*SHARDS, shard, start, length)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +110,35 @@ def test_nothing_outside_a_shard_is_read(shard, start, length, message):
 )
 def test_shards_of_another_type(tokens):
     with pytest.raises(ValueError, match="contiguous array of uint16 or uint32"):
-        _C.assemble([tokens], SHARDS[1], [0], [0], [1])
+        assemble([tokens], SHARDS[1], [0], [0], [1])
 
 
 def test_one_array_of_spans_a_shard():
     with pytest.raises(ValueError, match="one array of silent spans a shard"):
-        _C.assemble(SHARDS[0], [], [0], [0], [1])
+        assemble(SHARDS[0], [], [0], [0], [1])
     with pytest.raises(ValueError, match="pairs"):
-        _C.assemble(SHARDS[0], [np.zeros(3, np.uint64)], [0], [0], [1])
+        assemble(SHARDS[0], [np.zeros(3, np.uint64)], [0], [0], [1])
+
+
+@pytest.mark.parametrize("row", range(5))
+def test_rows_of_another_size_or_type_are_not_written(row):
+    good: list[Any] = [
+        np.zeros(4, np.int32),
+        np.zeros(4, np.int64),
+        np.zeros(4, np.float32),
+        np.zeros(4, np.int32),
+        np.zeros(2, np.int32),
+    ]
+
+    def replaced(other: Any) -> list[Any]:
+        return [*good[:row], other, *good[row + 1 :]]
+
+    for other in (good[row][:-1], np.zeros(99, good[row].dtype), good[row].reshape(1, -1)):
+        with pytest.raises(ValueError, match="entries, expected"):
+            _C.assemble(*SHARDS, [0], [2], [4], *replaced(other))
+    for other in (good[row].astype(np.float64), np.zeros(8, good[row].dtype)[::2]):
+        with pytest.raises(TypeError):
+            _C.assemble(*SHARDS, [0], [2], [4], *replaced(other))
+    good[row].flags.writeable = False
+    with pytest.raises(ValueError, match="not writeable"):
+        _C.assemble(*SHARDS, [0], [2], [4], *good)

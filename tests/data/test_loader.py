@@ -13,7 +13,7 @@ import torch
 from tokenmill.data.batch import Batch
 from tokenmill.data.errors import DataError
 from tokenmill.data.loader import PART_BITS, Loader, Source, sequential_batches
-from tokenmill.data.mixture import SampleOrder
+from tokenmill.data.mixture import Feed, SampleOrder
 from tokenmill.data.packing import Plan
 from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer
@@ -112,8 +112,9 @@ def test_sources_come_by_their_weights(sources):
 
 def test_sample_order_is_a_function_of_the_number():
     weights, packs = [0.5, 0.3, 0.2], [7, 1, 50]
-    sources, draws = SampleOrder(weights, packs, 9).take(0, 500)
-    order = SampleOrder(weights, packs, 9)
+    feeds = [Feed(n, ((0, weight),)) for n, weight in zip(packs, weights, strict=True)]
+    sources, draws = SampleOrder(feeds, 9).take(0, 500)
+    order = SampleOrder(feeds, 9)
     for start, count in [(400, 100), (0, 1), (3, 0), (123, 77), (124, 300)]:
         some_sources, some_packs = order.take(start, count)
         assert np.array_equal(some_sources, sources[start : start + count])
@@ -133,7 +134,10 @@ def test_resume_goes_on_with_the_same_samples(sources, stop, before, after):
     for _ in range(stop):
         next(first)
     state = json.loads(json.dumps(first.state_dict()))
+    drawn = state.pop("drawn")
     assert state == {"samples": 5 * stop, "seed": 3, "fingerprint": first.fingerprint}
+    assert sum(drawn) == 5 * stop
+    state["drawn"] = drawn
     for resumed in (
         [loader(sources, rank=rank, world=after) for rank in range(after)],
         [loader(sources, rank=rank, world=after, samples=state["samples"]) for rank in range(after)],
@@ -188,12 +192,87 @@ def test_bad_numbers(sources, changes, message):
         loader(sources, **changes)
 
 
+def test_overlong_documents_are_split_rejected_or_an_error(sources, make_stream):
+    split, rejecting = loader(sources), loader(sources, overlong="reject")
+    lengths = [source.stream.lengths for source in sources]
+    for plan, one in zip(rejecting.plans, lengths, strict=True):
+        assert set(plan.documents.tolist()) <= set(np.flatnonzero(one <= 16).tolist())
+        assert (plan.begins == 0).all()
+    assert rejecting.fingerprint != split.fingerprint
+    assert [line.rpartition("; ")[2] for line in split.summary(3)] == [
+        "3 documents of more than 16 tokens are cut into parts",
+        "6 documents of more than 16 tokens are cut into parts",
+    ]
+    assert rejecting.summary(3)[0].endswith("; 3 documents of more than 16 tokens are left out")
+    with pytest.raises(DataError, match=r"one: 3 of 14 documents have more than 16 tokens \(the longest 70\): split"):
+        loader(sources, overlong="error")
+    assert (
+        loader(sources, sequence_length=70, overlong="error").fingerprint
+        == loader(sources, sequence_length=70).fingerprint
+    )
+    with pytest.raises(DataError, match="no document has a token with loss after its first and fits 2 tokens"):
+        Plan.make(make_stream([3, 4], "long"), 2, overlong="reject")
+
+
+def test_what_becomes_of_a_source_is_said(sources):
+    packs = [len(plan) for plan in loader(sources).plans]
+    steps = 6 * sum(packs) // 5
+    ending = loader([Source(sources[0].stream, 0.5, epochs=1.5), Source(sources[1].stream, [(0, 0.5), (2, 0.25)])])
+    first, second = ending.summary(steps)
+    assert f"weight 0.5; {round(1.5 * packs[0]) / packs[0]:.2f} epochs in" in first
+    assert "no more from step" in first
+    assert "weight 0.5, 0.25 from step 2; " in second
+    assert ", so it begins again" in second
+    notices = [(number, notice) for number in range(steps) for notice in next(ending).notices]
+    assert [notice.partition(": ")[2] for _, notice in notices] == [
+        f"has given all its {packs[0]:,} packs, and begins again",
+        "has given its 1.5 epochs, and gives no more",
+        f"has given all its {packs[1]:,} packs, and begins again",
+    ]
+
+
+def test_a_loader_ends_with_its_sources(sources):
+    ending = loader([Source(source.stream, epochs=1) for source in sources], packs_per_step=4)
+    steps = list(ending)
+    assert len(steps) == ending.steps
+    assert sum(len(step.samples) for step in steps) == ending.packs_per_epoch
+    assert sum(step.total_tokens for step in steps) == ending.tokens_per_epoch
+    ids = [i for step in steps for batch in step.micro_batches for i in real(batch)]
+    assert len(ids) == len({*ids}) == sum(len(plan.items) for plan in ending.plans)
+
+
+def test_a_damaged_block_is_named(sources):
+    stream = sources[0].stream
+    path = stream.folder / "00000.tokens"
+    content = bytearray(path.read_bytes())
+    content[9] ^= 4
+    path.write_bytes(content)
+    damaged = loader([Source(TokenStream.open(stream.folder))])
+    with pytest.raises(DataError, match=r"00000.tokens: block 0 \(from byte 0\) does not match its checksum"):
+        list(zip(range(20), damaged, strict=False))
+
+
 def test_bad_sources(sources, tmp_path):
     with pytest.raises(DataError, match="no sources"):
         loader([])
-    for weight in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(DataError, match=r"one: weight .*, expected a positive number"):
+    for weight in (
+        0.0,
+        -1.0,
+        float("nan"),
+        float("inf"),
+        [],
+        [(1, 1.0)],
+        [(0, 1.0), (0, 2.0)],
+        [(0, 0.0)],
+        [(0, -1.0)],
+    ):
+        with pytest.raises(DataError, match=r"one: weight .*, expected a positive number, or pairs of a step"):
             loader([Source(sources[0].stream, weight)])
+    for epochs in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(DataError, match=r"one: epochs .*, expected a positive number"):
+            loader([Source(sources[0].stream, epochs=epochs)])
+    with pytest.raises(DataError, match="do not fit: from sample 10 on no source"):
+        loader([Source(sources[0].stream, [(0, 1.0), (2, 0.0)])])
     with StreamWriter(tmp_path / "other", Tokenizer.open("mistral-v1")) as writer:
         writer.add([1, 2, 3], source="a")
     with pytest.raises(DataError, match=r"one was made by tokenizer 'tokenizer.model' .*other by 'mistral-v1'"):

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, nop
 from torch import Tensor, library
+from torch._dynamo.backends.common import aot_autograd
 
 from tokenmill.kernels import cross_entropy, launch
 from tokenmill.kernels.cross_entropy import IGNORE, LossOutput, linear_cross_entropy, reference, token_logprobs
@@ -160,7 +162,7 @@ def test_all_targets_left_out(backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_first_of_equal_logits_is_the_prediction(backend):
     hidden, weight = torch.ones(4, DIM), torch.zeros(VOCAB, DIM)
-    weight[[70, 200]] = 1.0
+    weight[[70, 198, 200]] = 1.0  # 198 is 70 of the next block
     out = linear_cross_entropy(hidden, weight, torch.tensor([0, 70, 200, IGNORE]), backend=backend)
     assert out.correct.tolist() == [False, True, False, False]
     out = linear_cross_entropy(hidden, weight * 0, torch.tensor([0, 1, 300, IGNORE]), backend=backend)
@@ -299,6 +301,28 @@ def test_compiles_to_one_graph(compiler):
     out = torch.compile(step, fullgraph=True, backend=compiler)(hidden, weight)
     out.backward()
     torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grad(hidden), grad(h))
+    torch.testing.assert_close(grad(weight), grad(w))
+
+
+def test_a_compiled_backward_scales_out_of_place():
+    """What is changed in place would be copied first: on a GPU the gradient of the weight, once more."""
+    hidden, weight, targets, _ = problem(5, torch.float32)
+    operations: list[str] = []
+
+    def recorded(graph: torch.fx.GraphModule, inputs: object) -> object:
+        operations.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    def third(h: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(h, w, targets, backend="triton").loss / 3
+
+    h, w = as_leaves(torch.float32, hidden, weight)
+    third(h, w).backward()
+    compiler = aot_autograd(fw_compiler=nop, bw_compiler=recorded)
+    torch.compile(third, fullgraph=True, backend=compiler)(hidden, weight).backward()
+    assert operations.count("aten.mul.Tensor") == 2
+    assert not any("functionalized" in operation for operation in operations)
     torch.testing.assert_close(grad(hidden), grad(h))
     torch.testing.assert_close(grad(weight), grad(w))
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
 
 from tokenmill import _C
 from tokenmill.kernels import embedding, launch
@@ -65,11 +70,13 @@ def test_uniform_is_that_of_cpp(dim):
 def test_noisy_rows_bit_by_bit(backend, dtype, dim, monkeypatch):
     monkeypatch.setattr(launch, "channels", lambda *_: {"BLOCK": 64, "num_warps": 1})
     tokens, weight = lookup(dim, dtype)
-    out = embed(tokens, weight, noise=Noise(5.0, SEED, STEP), layout=Layout.from_lengths(LENGTHS, IDS), backend=backend)
+    alpha = 5.1  # no fp32 number
+    layout = Layout.from_lengths(LENGTHS, IDS)
+    out = embed(tokens, weight, noise=Noise(alpha, SEED, STEP), layout=layout, backend=backend)
     start = 0
     for length, document in zip(LENGTHS, IDS, strict=True):
         uniform = np.asarray(_C.neftune_uniform(SEED, STEP, document, 0, length, dim))
-        noise = torch.from_numpy(uniform * np.float32(5.0 / np.sqrt(np.float64(length) * dim)))
+        noise = torch.from_numpy(uniform * np.float32(alpha / np.sqrt(np.float64(length) * dim)))
         rows = weight.detach()[tokens[start : start + length].long()]
         assert torch.equal(bits(out[start : start + length]), bits((rows.float() + noise).to(dtype)))
         start += length
@@ -128,8 +135,32 @@ def test_numbers_and_device_tensors_are_the_same_noise(backend):
     tokens, weight = lookup(20)
     layout = Layout.from_lengths(LENGTHS, IDS)
     numbers = embed(tokens, weight, noise=Noise(5.0, SEED, STEP), layout=layout, backend=backend)
-    tensors = Noise(torch.tensor(5.0), torch.tensor(SEED), torch.tensor(STEP))
-    assert torch.equal(numbers, embed(tokens, weight, noise=tensors, layout=layout, backend=backend))
+    for tensors in (
+        Noise(torch.tensor(5.0), torch.tensor(SEED), torch.tensor(STEP)),
+        Noise(5.0, SEED, torch.tensor(STEP)),
+    ):
+        assert torch.equal(numbers, embed(tokens, weight, noise=tensors, layout=layout, backend=backend))
+
+
+def test_noise_of_numbers_starts_nothing_but_the_lookup(monkeypatch):
+    """Beside which, on a GPU, each of a dozen small kernels would show. The segments are made once a layout."""
+    (tokens, weight), layout = lookup(20), Layout.from_lengths(LENGTHS, IDS)
+    weight = weight.detach()
+    assert layout.segment_ids.numel() == 17
+    computed: list[str] = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            computed.append(func.name())
+            if func.namespace != "tokenmill":
+                return func(*args, **kwargs or {})
+            with self:  # its body, too
+                return OPDEFS[func.name()]._init_fn(*args)
+
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: computed.append("a kernel"))
+    with Recorded():
+        embed(tokens, weight, noise=Noise(5.0, SEED, STEP), layout=layout, backend="triton")
+    assert computed == ["tokenmill::embed", "aten::new_empty", "a kernel"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -180,9 +211,10 @@ def test_a_token_outside_the_vocabulary_shows_as_nan():
 @pytest.mark.parametrize("use_triton", [False, True])
 def test_operators_are_well_formed(use_triton):
     tokens, weight = lookup(20)
-    noise = embedding._noise_tensors(Noise(5.0, SEED, STEP), Layout.from_lengths(LENGTHS, IDS), tokens, 20)
-    library.opcheck(embedding._embed, (tokens, weight, noise, use_triton))
-    library.opcheck(embedding._embed, (tokens, weight, [], use_triton))
+    layout = Layout.from_lengths(LENGTHS, IDS)
+    for noise in (Noise(5.0, SEED, STEP), Noise(torch.tensor(5.0), SEED, STEP), Noise(0.0, SEED, STEP)):
+        arguments = embedding._noise_arguments(noise, layout, tokens)
+        library.opcheck(embedding._embed, (tokens, weight, *arguments, use_triton))
     library.opcheck(embedding._embed_backward, (torch.randn(17, 20), tokens, VOCAB, use_triton))
 
 

@@ -135,7 +135,8 @@ def test_permute_sorts_stably_and_combine_undoes_it():
     chosen = torch.tensor([[2, 0], [0, 1], [2, 1], [0, 2]])
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
-    routing = Routing(weights, chosen, torch.zeros(4, dtype=torch.int64), torch.zeros(4), torch.zeros(()))
+    zero = torch.zeros(())
+    routing = Routing(weights, chosen, torch.zeros(4, dtype=torch.int64), torch.zeros(4), zero, zero)
     permuted = permute(x, routing)
     assert torch.equal(permuted.xs, x[[0, 1, 3, 1, 2, 0, 2, 3]])
     assert permuted.offsets.tolist() == [3, 5, 8, 8]
@@ -171,6 +172,8 @@ def test_route_counts_what_balancing_needs():
         assert torch.equal(routing.counts, torch.bincount(routing.experts[rows].flatten(), minlength=6))
         torch.testing.assert_close(routing.probability_sums, wide[rows].softmax(-1).sum(0))
         torch.testing.assert_close(routing.lse_squared_sum, wide[rows].logsumexp(-1).square().sum())
+        entropy = torch.distributions.Categorical(logits=wide[rows]).entropy().sum()
+        torch.testing.assert_close(routing.entropy_sum, entropy)
 
 
 def test_ghost_rows_get_no_gradient_from_the_sums():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from tokenmill.kernels import launch
-from tokenmill.kernels.moe import experts, fused, moe, route
+from tokenmill.kernels.moe import experts, fused, grouped_gemm, moe, route
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 
@@ -149,6 +149,42 @@ def test_weights_as_other_layers_leave_them():
         assert one.grad is not None
         assert other.grad is not None
         assert torch.equal(one.grad, other.grad)
+
+
+def test_tensors_that_begin_anywhere(monkeypatch):
+    """Views at an odd element: copies through descriptors need addresses that are multiples of 16 bytes."""
+    addresses: list[int] = []
+    launched = grouped_gemm._launch
+
+    def checked(kernel: Any, name: str, sizes: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
+        addresses.extend(tensor.data_ptr() for tensor in arguments if isinstance(tensor, Tensor))
+        launched(kernel, name, sizes, *arguments, **constants)
+
+    def shifted(tensor: Tensor) -> Tensor:
+        view = torch.empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
+        assert view.data_ptr() % 16
+        return view.requires_grad_()
+
+    monkeypatch.setattr(grouped_gemm, "_launch", checked)
+    xs, _, w_gate_up, w_down = leaves(19, 2)
+    dy, offsets = torch.randn(19, DIM), torch.tensor([8, 19], dtype=torch.int32)
+    results = []
+    for place in (lambda tensor: tensor.clone().requires_grad_(), shifted):
+        inputs = [place(tensor) for tensor in (xs, w_gate_up, w_down)]
+        y = experts(inputs[0], offsets, inputs[1], inputs[2], "triton")
+        results.append((y, *torch.autograd.grad(y, inputs, place(dy).detach())))
+    assert not any(address % 16 for address in addresses)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_weights_of_choices_in_any_strides():
+    x, logits, w_gate_up, w_down = leaves(9, 3)
+    routing = route(logits, 2)
+    turned = routing._replace(weights=routing.weights.T.contiguous().T)
+    layers = [fused.layer(x, r, w_gate_up, w_down) for r in (routing, turned)]
+    assert torch.equal(*layers)
+    with pytest.raises(ValueError, match="weights of the choices are torch.float16, expected torch.float32"):
+        fused.layer(x, routing._replace(weights=routing.weights.half()), w_gate_up, w_down)
 
 
 def saved_bytes(use: Callable[[], object]) -> int:

@@ -39,7 +39,7 @@ def job():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     data = {"samples": 12, "seed": 1, "fingerprint": "f"}
-    return model, optimizer, TrainState(3, 1000, 1, data, torch.rand(2, 3))
+    return model, optimizer, TrainState(3, 1000, 1, data, torch.rand(2, 3), torch.randn(2, 3))
 
 
 def save(run, job, step, keep=5, passed_over=()):
@@ -57,6 +57,8 @@ def test_everything_comes_back_bit_by_bit(job, tmp_path):
     again = load_training(folder, other, fresh)
     assert again.expert_fractions is not None
     assert torch.equal(again.expert_fractions, state.expert_fractions)
+    assert again.balance_bias is not None
+    assert torch.equal(again.balance_bias, state.balance_bias)
     assert again.to_json() == state.to_json()
     for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), name

@@ -116,7 +116,7 @@ WRONG = {
         "import {t}/hf {t}/x",
         "hf: shard model-00001-of-",
     ),
-    "missing config": (lambda t: hugging_face(t, "config.json"), "import {t}/hf {t}/x", "config.json is missing"),
+    "missing config": (lambda t: hugging_face(t, "config.json"), "import {t}/hf {t}/x", "expected a checkpoint"),
     "no model": (None, "export {t} {t}/x", "expected a checkpoint"),
     "no questions": (None, "eval {t} {t}/q.jsonl", "expected a checkpoint"),
 }  # fmt: skip

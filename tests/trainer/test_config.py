@@ -57,7 +57,7 @@ def test_values_defaults_and_overrides(tmp_path):
             f"--model.new={{{NEW}}}",
             "model: .*either model.path or model.new, not both, got 'model.path and model.new'$",
         ),
-        ("--objective=dpo", "objective: expected 'pretrain' or 'sft'"),
+        ("--objective=tune", "objective: expected 'pretrain' or 'sft' or 'dpo'"),
         ("--objective=pretrain", None),
         ("--schedule.kind=linear", "schedule.kind: expected 'cosine' or 'wsd' or 'constant'"),
         ("--data.sources=[]", "data.sources: expected at least one source"),

@@ -66,9 +66,9 @@ def test_accumulation_does_not_change_the_run(make_recipe, tmp_path):
 
 
 def test_stopped_and_resumed_is_bitwise_the_same(make_recipe, tmp_path):
-    whole = Trainer(make_recipe(f"--output={tmp_path / 'whole'}", "--objective=sft", "--loss.neftune_alpha=5"))
+    overrides = ["--objective=sft", "--loss.neftune_alpha=5", "--loss.balance_bias=0.001"]
+    whole = Trainer(make_recipe(f"--output={tmp_path / 'whole'}", *overrides))
     whole.train()
-    overrides = ["--objective=sft", "--loss.neftune_alpha=5"]
     first = Trainer(make_recipe(*overrides))
     for _ in range(7):  # the checkpoint of step 5 is the last; steps 6 and 7 are lost, as by a kill
         first.log.step(first.step())
@@ -80,6 +80,9 @@ def test_stopped_and_resumed_is_bitwise_the_same(make_recipe, tmp_path):
     second.train()
     for (name, a), b in zip(weights(whole.model).items(), weights(second.model).values(), strict=True):
         assert torch.equal(a, b), name
+    assert whole.state.balance_bias is not None
+    assert second.state.balance_bias is not None
+    assert torch.equal(whole.state.balance_bias, second.state.balance_bias)
     a, b = ([{**r, **dict.fromkeys(TIMES)} for r in lines(t.recipe)] for t in (whole, second))
     assert a == b
 
@@ -191,13 +194,17 @@ def test_a_finished_run_is_left_as_it_is(make_recipe):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(make_recipe):
-    trainer = Trainer(make_recipe())
+    trainer = Trainer(make_recipe("--loss.balance_bias=0.01"))
     trainer.step()
     before = weights(trainer.model)
+    bias = trainer.state.balance_bias
+    assert bias is not None
     with torch.no_grad():
         trainer.model.norm.weight[0] = float("inf")
     record = trainer.step()
     assert record.skipped == trainer.state.skipped == 1
+    assert record.expert_load is None
+    assert torch.equal(trainer.state.balance_bias, bias)  # type: ignore[arg-type]
     with torch.no_grad():
         trainer.model.norm.weight[0] = before["norm.weight"][0]
     for name, a in weights(trainer.model).items():

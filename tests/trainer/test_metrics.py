@@ -66,7 +66,7 @@ def test_peaks_are_told_apart(name, peak):
 def test_what_is_not_finite_is_null_in_the_json_lines(tmp_path, capsys):
     log = MetricsLog(tmp_path, 0, 2, "lines", LogSection())
     nan, infinity = float("nan"), float("inf")
-    log.step(StepRecord(1, 10, nan, 1.0, infinity, 1e-3, 100.0, 0.1, None, None, 0.0, 0.5, 1, [[0.5, nan]]))
+    log.step(StepRecord(1, 10, nan, 1.0, infinity, 1e-3, 100.0, 0.1, None, None, 0.0, 0.5, 1, [[0.5, nan]], 0.5, [0.6]))
     log.validation(1, 10, {"notes": nan, "talks": 2.0})
     log.close()
 
@@ -105,7 +105,7 @@ def test_tensorboard_holds_what_the_json_lines_hold(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = MetricsLog(tmp_path, 0, 2, "lines", LogSection(tensorboard=True))
-    record = StepRecord(1, 10, 3.5, 1.0, 0.5, 1e-3, 100.0, 0.1, None, None, 0.0, 0.5, 0, [[0.5, 0.5]])
+    record = StepRecord(1, 10, 3.5, 1.0, 0.5, 1e-3, 100.0, 0.1, None, None, 0.0, 0.5, 0, [[0.5, 0.5]], 0.5, [0.6])
     log.step(record)
     log.validation(1, 10, {"notes": 3.0})
     log.close()

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tokenmill.data.loader import Loader
+from tokenmill.data.prefetch import Prefetch
 from tokenmill.trainer.profile import KINDS, TOLERANCE, KindRow, Profile, profile, table
 from tokenmill.trainer.trace import SCOPE, WINDOW, Gemm, account
 
@@ -21,12 +21,12 @@ def test_profile_of_a_recipe(make_recipe, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text("an earlier run's\n")
-    loading = Loader.__next__
+    loading = Prefetch.__next__
     text = profile(recipe, tmp_path / "profile", steps=STEPS, warmup=1)
 
     assert [p.name for p in run.iterdir()] == ["metrics.jsonl"]
     assert (run / "metrics.jsonl").read_text() == "an earlier run's\n"
-    assert Loader.__next__ is loading
+    assert Prefetch.__next__ is loading
     assert json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
     found = json.loads((tmp_path / "profile" / "profile.json").read_text())
     times = {row["kind"]: row["ms"] for row in found["kinds"]}

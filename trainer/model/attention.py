@@ -8,6 +8,7 @@ from tokenmill.kernels.attention import Backend, attention
 from tokenmill.kernels.layout import Layout
 from tokenmill.kernels.rotary import apply_rotary
 from tokenmill.trainer.model.config import ModelConfig
+from tokenmill.trainer.model.linear import Linear
 
 
 class Attention(nn.Module):
@@ -18,8 +19,8 @@ class Attention(nn.Module):
         self.theta = config.rope_theta
         self.window = config.sliding_window
         self.backend: Backend | None = None  # the whole model's choice, made by `Transformer`
-        self.qkv = nn.Linear(config.dim, sum(self.heads) * self.head_dim, bias=False)  # one product for the three
-        self.out = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
+        self.qkv = Linear(config.dim, sum(self.heads) * self.head_dim)  # one product for the three
+        self.out = Linear(config.n_heads * self.head_dim, config.dim)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """x (T, D) -> (T, D)."""

@@ -1,8 +1,9 @@
-"""The shape of a model, and what follows from it alone: parameters and floating-point operations."""
+"""The shape of a model and of its adapters, and what follows from it alone: parameters and operations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,47 @@ class ModelConfig:
             feed_forward += self.dim * self.moe.n_experts
         return self.n_layers * (attention + feed_forward + 2 * self.dim) + self.dim + 2 * self.vocab_size * self.dim
 
-    def flops(self, tokens: int, attended: int) -> float:
+    def flops(self, tokens: int, attended: int, *, frozen: bool = False) -> float:
         """Floating-point operations of one forward and backward pass over `tokens` rows, exactly: matrix products
         with the weights that act (active experts, router and head, not the lookup), and attention over `attended`
-        (query, key) pairs a layer, counted within documents and window. A product's backward is twice its forward.
+        (query, key) pairs a layer, counted within documents and window. A product's backward is twice its forward;
+        with a weight that is `frozen` under adapters, once (and what the adapters themselves add is left out).
         """
         norms = (2 * self.n_layers + 1) * self.dim
         weights = self.parameters(active=True) - norms - self.vocab_size * self.dim
         attention = self.n_layers * 2 * 2 * self.n_heads * self.head_dim * attended
-        return 3.0 * (2 * weights * tokens + attention)
+        return (2.0 if frozen else 3.0) * 2 * weights * tokens + 3.0 * attention
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Adapters on frozen weights: LoRA (Hu et al., 2021), or DoRA (Liu et al., 2024), which also trains the length of
+    each row; rank-stabilised, they are scaled by alpha / sqrt(rank) (Kalajdzievski, 2023) instead of alpha / rank.
+    """
+
+    kind: Literal["lora", "dora"] = "lora"
+    rank: int = 16
+    alpha: float = 32.0
+    # Patterns of projections' names (`lora.projections`), whole or from a dot on: "attention", "v", "experts.*",
+    # "blocks.3.attention.q". Embedding and head have none.
+    targets: tuple[str, ...] = ("attention", "feed_forward")
+    rank_stabilised: bool = False
+    quantise: Literal["none", "nf4"] = "none"  # nf4: frozen weights in 4 bits (QLoRA)
+    quantise_experts: bool = True
+    quantise_router: bool = False
+    path: str | None = None  # a folder that PEFT wrote, to start from; None: adapters that change nothing yet
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"adapter.rank must be positive, got {self.rank}")
+        if self.alpha <= 0:
+            raise ValueError(f"adapter.alpha must be positive, got {self.alpha}")
+        if not self.targets:
+            raise ValueError("adapter.targets must name at least one projection")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
 
 
 def attended_pairs(length: int, window: int | None) -> int:

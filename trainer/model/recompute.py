@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import tokenmill.kernels.moe  # noqa: F401  registers tokenmill::moe_experts
+import tokenmill.kernels.moe  # noqa: F401  registers tokenmill::route and tokenmill::moe_experts
 
 Recompute = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
-_CHOICE = {_aten.topk.default}
+_CHOICE = {_aten.topk.default, torch.ops.tokenmill.route.default}
 _COSTLY = _CHOICE | {
     _aten.mm.default,
     _aten._grouped_mm.default,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ from tokenmill.kernels.rms_norm import rms_norm
 from tokenmill.kernels.swiglu import swiglu
 from tokenmill.trainer.model import recompute
 from tokenmill.trainer.model.attention import Attention
-from tokenmill.trainer.model.config import ModelConfig
+from tokenmill.trainer.model.config import AdapterConfig, ModelConfig
+from tokenmill.trainer.model.linear import Linear
 from tokenmill.trainer.model.moe import MoELayer
+from tokenmill.trainer.model.quantise import saved_in_4_bits
 from tokenmill.trainer.model.recompute import Recompute
 from tokenmill.trainer.model.rows import local_rows
 
@@ -53,8 +56,8 @@ class RMSNorm(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.dim, 2 * config.hidden_dim, bias=False)
-        self.down = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.gate_up = Linear(config.dim, 2 * config.hidden_dim)
+        self.down = Linear(config.hidden_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x)))
@@ -74,11 +77,13 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = RMSNorm(config)
         self.feed_forward = MoELayer(config) if config.moe else FeedForward(config)
         self.recompute: Recompute = "none"
+        self.quantised = False  # whether some of its weights are `NF4Weight`s
 
     def forward(
         self, x: Tensor, residual: Tensor | None, layout: Layout
     ) -> tuple[Tensor, Tensor, moe_kernels.Routing | None]:
-        return recompute.run(self.recompute, self._forward, x, residual, layout)
+        with saved_in_4_bits() if self.quantised and self.recompute == "none" else nullcontext():
+            return recompute.run(self.recompute, self._forward, x, residual, layout)
 
     def _forward(
         self, x: Tensor, residual: Tensor | None, layout: Layout
@@ -140,6 +145,8 @@ class Transformer(nn.Module):
         self.config = config
         self.names = {"attention": attention, "moe": moe}
         self.backends: dict[str, str] = {}
+        self.balance_bias: Tensor | None = None
+        self.adapter: AdapterConfig | None = None  # set by `lora.attach`
         self.embed = Embedding(config)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config)
@@ -164,6 +171,17 @@ class Transformer(nn.Module):
             elif isinstance(module, MoELayer):
                 module.backend = experts
 
+    def set_balance_bias(self, bias: Tensor | None) -> None:
+        """Add bias (layers, E) fp32 to the routers' probabilities for the choice of experts; None: nothing.
+
+        It is no parameter: the trainer owns it, and it stays fp32 whatever the model computes in.
+        """
+        self.balance_bias = None if bias is None else bias.to(self.embed.weight.device)
+        layers = [module for module in self.modules() if isinstance(module, MoELayer)]
+        rows = [None] * len(layers) if self.balance_bias is None else self.balance_bias.unbind()
+        for layer, row in zip(layers, rows, strict=True):
+            layer.balance_bias = row
+
     def set_recompute(self, mode: Recompute) -> None:
         """Activation checkpointing of every block: none, selective or full (`trainer/model/recompute.py`)."""
         for module in self.modules():
@@ -175,8 +193,10 @@ class Transformer(nn.Module):
         before = self.embed.weight
         super()._apply(fn, recurse)
         after = self.embed.weight
-        if self.backends and (before.device, before.dtype) != (after.device, after.dtype):
+        moved = (before.device, before.dtype) != (after.device, after.dtype)
+        if self.backends and moved and before.device.type != "meta":  # else it was made for where it is now
             self.choose_backends(after.device, after.dtype)
+            self.set_balance_bias(self.balance_bias)
         return self
 
     def initialise(self, seed: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from tokenmill.trainer.files import replace_folder
 from tokenmill.trainer.model.config import ModelConfig, MoEConfig
+from tokenmill.trainer.model.quantise import NF4Weight
 from tokenmill.trainer.model.rows import local_rows
 from tokenmill.trainer.model.transformer import Transformer
 
@@ -81,6 +83,12 @@ def view_of(parameters: Mapping[str, Tensor], rows: Rows) -> Tensor:
     if len(rows.shape) == 1:
         return ours
     return ours.view(-1, rows.shape[-1])[rows.start : rows.start + rows.shape[0]]
+
+
+def base_weights(model: Transformer) -> dict[str, Tensor | NF4Weight]:
+    """The model's own weights by their names, whatever holds them; without adapters."""
+    found: dict[str, Tensor | NF4Weight] = {n: m for n, m in model.named_modules() if isinstance(m, NF4Weight)}
+    return found | {n: p.data for n, p in model.named_parameters() if ".adapters." not in n}
 
 
 def read_hf_config(folder: str | Path) -> ModelConfig:
@@ -165,14 +173,14 @@ def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def load_weights(model: Transformer, folder: str | Path) -> None:
-    """Copy a folder's safetensors into `model`, sharded or not, a tensor at a time, casting to the model's dtype.
+    """Copy a folder's safetensors into `model`, sharded or not, a tensor at a time, in the model's dtype or 4 bits.
 
     Raises ValueError naming the file or the tensor: a shard or a tensor is missing, is there twice or is not the
     model's, or a shape differs. The model's weights are then undefined.
     """
     folder = Path(folder)
     where = layout_of(model.config)
-    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    targets = base_weights(model)
     missing = dict.fromkeys(where)
     for file, name, tensor in _slices(folder):
         if name.endswith("rotary_emb.inv_freq"):
@@ -184,12 +192,15 @@ def load_weights(model: Transformer, folder: str | Path) -> None:
         shape = tuple(tensor.get_shape())
         if shape != where[name].shape:
             raise ValueError(f"{file}: tensor {name!r} has shape {shape}, expected {where[name].shape}")
-        local, first = local_rows(parameters[where[name].ours])
-        start = where[name].start
+        target, start = targets[where[name].ours], where[name].start
+        del missing[name]
+        if isinstance(target, NF4Weight):
+            target.fill(start, tensor[:])
+            continue
+        local, first = local_rows(target)
         begin, end = max(start, first), min(start + shape[0], first + local.shape[0])
         if begin < end:  # of a sharded model, only the rows that are here are read
             local[begin - first : end - first] = tensor[begin - start : end - start].view(end - begin, -1)
-        del missing[name]
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {next(iter(missing))!r}")
 
@@ -219,6 +230,9 @@ def save_hf(model: Transformer, folder: str | Path, *, tokenizer_from: str | Pat
     The folder appears whole or not at all. Raises FileExistsError where it is there already. `tokenizer_from`: a
     folder whose tokenizer files are copied along.
     """
+    if model.balance_bias is not None:
+        text = f"{folder}: Mixtral's format has no place for the bias that balances the experts (loss.balance_bias)"
+        warnings.warn(f"{text}: without it, tokens are routed otherwise", stacklevel=2)
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     where = layout_of(model.config)
     if left := parameters.keys() - {rows.ours for rows in where.values()}:

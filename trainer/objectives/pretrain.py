@@ -20,7 +20,7 @@ class StepContext:
     """What a micro-batch must know of its whole optimizer step, so that how it was cut changes nothing."""
 
     step: int
-    total_weight: float  # of the targets of all micro-batches and ranks
+    total_weight: float  # of the targets of all micro-batches and ranks; of preferences, the number of pairs
     total_tokens: int  # rows of real documents, likewise
     expert_fractions: Tensor | None  # (layers, E): share of the tokens that each expert got in the previous step
     loss: LossSection
@@ -29,9 +29,11 @@ class StepContext:
 @dataclass(frozen=True)
 class StepLoss:
     total: Tensor  # () what to call backward on: this micro-batch's share of the step's loss
-    language: Tensor  # () detached: its share of the mean negative log-likelihood of a target
+    language: Tensor  # () detached: its share of the mean negative log-likelihood of a target, or loss of a pair
     balance: Tensor  # () detached: likewise of the load-balancing loss, 1 when balanced
     expert_counts: Tensor | None  # (layers, E) detached: tokens that each expert got
+    router_entropy: Tensor | None  # (layers,) detached: its share of the mean entropy of a token's routing, nats
+    preference: Tensor | None = None  # (3,) detached: of the mean rewards, chosen and rejected, and of the accuracy
 
 
 class Objective(Protocol):
@@ -54,16 +56,23 @@ def pretrain(model: Transformer, batch: Batch, context: StepContext, *, noise: N
         rows=batch.target_rows,
         z_loss=context.loss.z,
     )
-    total = output.loss
     language = (output.nll * batch.weights).sum() / context.total_weight
-    balance = total.new_zeros(())
-    counts = None
+    return step_loss(output.loss, language, routing, context)
+
+
+def step_loss(
+    loss: Tensor, language: Tensor, routing: tuple[Routing, ...], context: StepContext, preference: Tensor | None = None
+) -> StepLoss:
+    """An objective's loss with those that keep routing healthy, if there are experts, and what a step reports."""
+    balance = loss.new_zeros(())
+    counts = entropy = None
     if routing:
         balance = balance_loss(routing, context.expert_fractions) / context.total_tokens
         router_z = torch.stack([r.lse_squared_sum for r in routing]).mean() / context.total_tokens
-        total = total + context.loss.balance * balance + context.loss.router_z * router_z
+        loss = loss + context.loss.balance * balance + context.loss.router_z * router_z
         counts = torch.stack([r.counts for r in routing]).detach()
-    return StepLoss(total, language, balance.detach(), counts)
+        entropy = torch.stack([r.entropy_sum for r in routing]).detach() / context.total_tokens
+    return StepLoss(loss, language, balance.detach(), counts, entropy, preference)
 
 
 def balance_loss(routing: tuple[Routing, ...], fractions: Tensor | None) -> Tensor:
