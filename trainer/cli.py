@@ -245,7 +245,8 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from tokenmill.trainer.checkpoint import adapter_tensors, load_model, read_adapter, read_config, resolve_model
+    from tokenmill.trainer.adapters import adapter_tensors, read_adapter
+    from tokenmill.trainer.checkpoint import load_model, read_config, resolve_model
     from tokenmill.trainer.model.peft import save_peft
     from tokenmill.trainer.model.weights import save_hf
 

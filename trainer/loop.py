@@ -22,9 +22,9 @@ from tokenmill.data.loader import Loader, Source, sequential_batches
 from tokenmill.data.prefetch import Prefetch
 from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer
+from tokenmill.trainer.adapters import Base
 from tokenmill.trainer.balance import updated_bias
 from tokenmill.trainer.checkpoint import (
-    Base,
     fill_model,
     latest_checkpoint,
     load_training,

@@ -9,21 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenmill.trainer import checkpoint
+from tokenmill.trainer import shards
 from tokenmill.trainer.checkpoint import (
-    MANIFEST,
     latest_checkpoint,
     load_model,
     load_training,
     newer_checkpoints,
     save_checkpoint,
     save_step,
-    verify,
 )
 from tokenmill.trainer.config import OptimizerSection
 from tokenmill.trainer.distributed import World
 from tokenmill.trainer.model import ModelConfig, MoEConfig, Transformer
 from tokenmill.trainer.optim import build_optimizer
+from tokenmill.trainer.shards import MANIFEST, verify
 from tokenmill.trainer.state import TrainState
 
 CONFIG = ModelConfig(16, 2, 2, 1, 8, 24, 50, sliding_window=4, moe=MoEConfig(3, 2))
@@ -106,15 +105,15 @@ class OneOfTwo(World):
 def test_ranks_read_their_shares_and_choose_together(job, tmp_path, monkeypatch):
     folders = [save(tmp_path, job, step) for step in (1, 2, 3)]
     read = []
-    crc32 = checkpoint._crc32
-    monkeypatch.setattr(checkpoint, "_crc32", lambda file: read.append(file) or crc32(file))
+    crc32 = shards.crc32
+    monkeypatch.setattr(shards, "crc32", lambda file: read.append(file) or crc32(file))
     with pytest.warns(UserWarning, match="step-00000003: damaged, as another rank has found; passing over"):
         assert latest_checkpoint(tmp_path, OneOfTwo(finds=[True, False])) == folders[1]
     assert read == [folder / "model-00000.safetensors" for folder in (folders[2], folders[1])]
     flip(folders[2])
     with pytest.warns(UserWarning, match="step-00000003/model-00000.safetensors: damaged.*passing over"):
         assert latest_checkpoint(tmp_path, OneOfTwo(finds=[False])) == folders[1]
-    monkeypatch.setattr(checkpoint, "_crc32", lambda file: (tmp_path / "a read error").read_bytes())
+    monkeypatch.setattr(shards, "crc32", lambda file: (tmp_path / "a read error").read_bytes())
     with pytest.warns(UserWarning, match="a read error.*passing over"):
         assert latest_checkpoint(tmp_path) is None
 

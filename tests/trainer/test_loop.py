@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils import deterministic
 
-from tokenmill.trainer import checkpoint, loop
+from tokenmill.trainer import loop, shards
 from tokenmill.trainer.checkpoint import latest_checkpoint, load_model
 from tokenmill.trainer.distributed import World
 from tokenmill.trainer.model import Transformer
@@ -135,8 +135,8 @@ def test_a_signal_that_comes_while_the_device_works_is_not_lost(make_recipe, mon
 
 def test_a_checkpoint_is_read_no_more_than_once(make_recipe, tmp_path, monkeypatch):
     read = []
-    crc32 = checkpoint._crc32
-    monkeypatch.setattr(checkpoint, "_crc32", lambda file: read.append(file.name) or crc32(file))
+    crc32 = shards.crc32
+    monkeypatch.setattr(shards, "crc32", lambda file: read.append(file.name) or crc32(file))
     files = ["model-00000.safetensors", "optimizer-00000.safetensors", "tokenizer.model"]
     loop.train(make_recipe("--train.steps=2"))
     assert sorted(read) == files  # when it was written
