@@ -120,8 +120,11 @@ class Batch:
         """The same batch with one ghost document of weight 0 and empty segments, up to exactly `tokens` rows and
         `documents` segments: fixed shapes for a compiled or captured step. `target_rows` then holds every row.
 
-        Raises ValueError where the batch does not fit, or leaves no segment for the ghost.
+        Raises ValueError where the batch does not fit, leaves no segment for the ghost, or has answers that share a
+        prompt.
         """
+        if self.layout.keys is not None:
+            raise ValueError("a batch whose answers share their prompt (layout.keys) cannot be padded: pad it before")
         rows, segments = self.tokens.numel(), self.source_ids.numel()
         ghost = tokens - rows
         if ghost < 0 or documents < segments + (ghost > 0):

@@ -143,9 +143,11 @@ def export_megatron(stream: str | Path, prefix: str | Path) -> None:
     """A stream to `PREFIX.bin` and `PREFIX.idx`, each document a sequence; `.idx`, which is read first, appears last.
 
     Loss masks and sources have no place there: where tokens are without loss, it is said on stderr. Raises DataError
-    where the stream is damaged or one of the files exists.
+    where the stream is damaged or holds preference pairs, or one of the files exists.
     """
     source = TokenStream.open(stream)
+    if source.pairs:
+        raise DataError(f"{stream}: holds preference pairs, which Megatron's files have no form for")
     data, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     for path in (data, index):
         if path.exists():

@@ -65,6 +65,7 @@ class StepData:
     micro_batches: list[Batch]  # as many on every rank; a ghost where this rank has no sample left
     total_weight: float  # of all targets of the step, over all ranks and micro-batches: what the loss is divided by
     total_tokens: int  # of the step, over all ranks and micro-batches, ghosts not counted
+    total_documents: int  # likewise, each part of a cut one counted
     samples: range  # the global sample numbers of the step, over all ranks
     state: dict[str, Any]  # of the data once this step is done with
     notices: list[str]  # what is worth a line in the log: a source begins again, or has no more
@@ -212,7 +213,7 @@ class Loader:
             raise StopIteration
         before = self._order.drawn(start)
         sources, packs = self._order.take(start, count)
-        totals = [(self.plans[s].weights[k], self.plans[s].tokens[k]) for s, k in zip(sources, packs, strict=True)]
+        drawn = [(self.plans[s], int(k)) for s, k in zip(sources, packs, strict=True)]
         first, last = count * self.rank // self.world, count * (self.rank + 1) // self.world
         size = self.packs_per_micro_batch
         most = -(-count // self.world)  # packs of the rank that has the most
@@ -224,8 +225,9 @@ class Loader:
         state = self.state_dict()
         return StepData(
             micro_batches,
-            total_weight=float(sum(weight for weight, _ in totals)),
-            total_tokens=int(sum(tokens for _, tokens in totals)),
+            total_weight=float(sum(plan.weights[k] for plan, k in drawn)),
+            total_tokens=int(sum(plan.tokens[k] for plan, k in drawn)),
+            total_documents=sum(len(plan.parts(k)) for plan, k in drawn),
             samples=range(start, start + count),
             state=state,
             notices=self._notices(before.tolist(), state["drawn"]),

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from tokenmill.data.batch import Batch
-from tokenmill.data.loader import Loader, StepData
+from tokenmill.data.loader import StepData
 
 Ready = tuple[StepData, list[Batch]]  # a step, and its micro-batches on the device
 
 
 class Prefetch:
-    """`next(prefetch)` is the loader's next step, one step early: the same steps in the same order, and an error is
-    raised where its step would have come. The loader belongs to the thread from then on: the state of the data is that
-    of the last step taken, `StepData.state`."""
+    """`next(prefetch)` is the next of `steps`, usually a `Loader`'s, one step early: the same steps in the same order,
+    and an error is raised where its step would have come. They belong to the thread from then on: the state of the data
+    is that of the last step taken, `StepData.state`."""
 
-    def __init__(self, loader: Loader, device: torch.device) -> None:
-        self._loader = loader
+    def __init__(self, steps: Iterator[StepData], device: torch.device) -> None:
+        self._steps = steps
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # beside the training's own
         self._thread = ThreadPoolExecutor(1, "prefetch")
@@ -48,6 +48,6 @@ class Prefetch:
 
     def _make(self) -> tuple[Ready, Any]:
         with torch.cuda.stream(self._stream):  # which also makes its device this thread's: pinned memory belongs to one
-            step = next(self._loader)
+            step = next(self._steps)
             batches = [batch.to(self._device, non_blocking=True) for batch in step.micro_batches]
             return (step, batches), None if self._stream is None else self._stream.record_event()

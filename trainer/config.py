@@ -300,7 +300,7 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, args))
     if origin is tuple:
-        return f"a list of {_describe(args[0])}"
+        return f"a list of {' and '.join(_describe(a) for a in args if a is not Ellipsis)}"
     if dataclasses.is_dataclass(hint):
         return f"a section with {', '.join(f.name for f in dataclasses.fields(hint))}"
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}

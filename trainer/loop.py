@@ -126,7 +126,8 @@ class Trainer:
         )
         if self.state.data is not None:
             self.loader.load_state_dict(self.state.data)
-        self.prefetch = Prefetch(self.loader, world.device)
+        steps = map(unfold_step, self.loader) if recipe.objective == "dpo" else self.loader
+        self.prefetch = Prefetch(steps, world.device)
         self.steps = planned_steps(recipe, self.loader)
         self.peak = peak_flops(world.device)
         self.requested = False  # this rank was asked to stop: may differ between ranks, so nothing is decided by it
@@ -168,9 +169,6 @@ class Trainer:
         """One optimizer step: its micro-batches forward and backward, clipping, the update, and what to report."""
         begin = time.perf_counter()
         data, batches = next(self.prefetch)
-        if self.recipe.objective == "dpo":
-            data = unfold_step(data, self.world)
-            batches = data.micro_batches
         data_wait = time.perf_counter() - begin
         for notice in data.notices:
             self.log.say(f"step {self.state.step + 1}: {notice}")
@@ -180,7 +178,7 @@ class Trainer:
         self.model.train()
         parts = []
         for batch in batches:
-            part = self.objective(self.model, batch.to(self.world.device, non_blocking=True), context)
+            part = self.objective(self.model, batch, context)
             part.total.backward()
             parts.append(part)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_norm)
@@ -192,22 +190,23 @@ class Trainer:
         layers = self.model.config.n_layers
         flops = exact_flops(self.model.config, data.micro_batches, frozen=self.model.adapter is not None)
         sums = self._sum_over_ranks(parts, [flops, data_wait, float(self.requested)])
-        loss, balance, *preference, flops, data_wait, stopping = sums[:8].tolist()  # waits for the step's kernels
+        totals = sums.tolist()  # waits for the step's kernels, this once: the next step is launched while this one ends
+        loss, balance, *preference, flops, data_wait, stopping = totals[:8]
+        grad_norm = float(grad_norm)
         self.stopping = stopping > 0
-        finite = math.isfinite(loss) and math.isfinite(float(grad_norm))
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             self.optimizer.step()
         else:
             ids = torch.cat([batch.layout.document_ids for batch in data.micro_batches]).tolist()
-            self.log.warn(
-                f"step {self.state.step + 1}: loss {loss}, gradient norm {float(grad_norm)}: left out; {ids=}"
-            )
+            self.log.warn(f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}: left out; {ids=}")
         self.optimizer.zero_grad(set_to_none=True)
-        load, entropy = None, sums[8 : 8 + layers].tolist() if self.model.config.moe else None
+        load, entropy = None, totals[8 : 8 + layers] if self.model.config.moe else None
         if self.model.config.moe and finite:
             counts = sums[8 + layers :].view(layers, -1)
             self.state.expert_fractions = (counts / counts.sum(1, keepdim=True)).float()
-            load = self.state.expert_fractions.tolist()
+            choices = self.model.config.moe.top_k * data.total_tokens
+            load = torch.tensor(totals[8 + layers :]).view(layers, -1).div(choices).tolist()
             if self.state.balance_bias is not None:
                 self.state.balance_bias = updated_bias(self.state.balance_bias, counts, self.recipe.loss.balance_bias)
                 self.model.set_balance_bias(self.state.balance_bias)
@@ -224,7 +223,7 @@ class Trainer:
             tokens=self.state.tokens,
             loss=loss,
             balance=balance,
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
             lr=lr,
             tokens_per_second=data.total_tokens / seconds,
             tflops=rate / 1e12,

@@ -63,13 +63,15 @@ def build_dpo(
     return Dpo(recipe.dpo, tables[: len(sources)], world.device), held_out
 
 
-def unfold_step(data: StepData, world: World) -> StepData:
+def unfold_step(data: StepData) -> StepData:
     """A step whose batches are unfolded, and whose weight is its number of pairs."""
-    batches = [unfold(batch) for batch in data.micro_batches]
-    pairs = sum(int((batch.layout.document_ids != GHOST).sum()) for batch in batches) // SEGMENTS
-    rows = sum(int(batch.layout.real_rows.sum()) for batch in batches)
-    pairs, rows = world.sum(torch.tensor([pairs, rows], device=world.device)).tolist()
-    return replace(data, micro_batches=batches, total_weight=float(pairs), total_tokens=rows)
+    pairs = data.total_documents
+    return replace(
+        data,
+        micro_batches=[unfold(batch) for batch in data.micro_batches],
+        total_weight=float(pairs),
+        total_tokens=data.total_tokens - 2 * pairs,  # the answers' EOS are no rows
+    )
 
 
 @torch.no_grad()

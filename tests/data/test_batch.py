@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tokenmill.data.batch import IGNORE, Batch
+from tokenmill.data.unfold import unfold
 from tokenmill.kernels.layout import GHOST
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
@@ -87,3 +88,6 @@ def test_bad_input():
     for size in ({"tokens": 7, "documents": 9}, {"tokens": 9, "documents": 3}):
         with pytest.raises(ValueError, match="does not fit"):
             Batch.from_documents(DOCUMENTS).padded(**size)
+    shared = unfold(Batch.from_documents([[1, 2, 3, 4, 2, 5, 6]], [[0, 0, 1, 1, 0, 1, 1]]))
+    with pytest.raises(ValueError, match="cannot be padded"):
+        shared.padded(tokens=16, documents=9)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from tokenmill.data.chat import prompt
+from tokenmill.data.convert import export_megatron
+from tokenmill.data.errors import DataError
 from tokenmill.data.loader import sequential_batches
 from tokenmill.data.merge import merge
 from tokenmill.data.preference import parse_pair, render_pair
@@ -100,6 +102,8 @@ def test_a_stream_of_pairs(tmp_path, small):
     assert again.pairs
     assert len(again) == 2 * len(FORMS)
     assert merge([tmp_path / "1", tmp_path / "2"], tmp_path / "merged").pairs
+    with pytest.raises(DataError, match="merged: holds preference pairs, which Megatron's files have no form for"):
+        export_megatron(tmp_path / "merged", tmp_path / "m")
     repeated = prepare([file], small, tmp_path / "once", dedupe="exact", progress=False)
     assert (len(repeated), repeated.pairs) == (1, True)
 

@@ -37,6 +37,9 @@ def test_values_defaults_and_overrides(tmp_path):
     assert recipe.optimizer.betas == (0.9, 0.99)
     assert recipe.train.validate_every == 3
     assert recipe.schedule.kind == "cosine"
+    recipe = load(tmp_path, "--data.sources.0.weight=[[0, 1], [8, 0.5]]", "--data.sources.1.epochs=1.5")
+    assert recipe.data.sources[0].weight == ((0, 1.0), (8, 0.5))
+    assert [s.epochs for s in recipe.data.sources] == [None, 1.5]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,14 @@ def test_values_defaults_and_overrides(tmp_path):
         ("--data.sources=[]", "data.sources: expected at least one source"),
         ("--data.sources.2.stream=z", "'2' is not an index below 2"),
         ("--data.sources.0.weight=-1", r"data.sources.0.weight: expected a positive number"),
+        (
+            "--data.sources.0.weight=[[0, 1], [8]]",
+            "data.sources.0.weight.1: expected a list of an integer and a number",
+        ),
+        ("--data.sources.0.weight=[[5, 1]]", "data.sources.0.weight: expected steps from 0 on"),
+        ("--data.sources.0.weight=[]", "data.sources.0.weight: expected steps from 0 on"),
+        ("--data.sources.0.epochs=0", "data.sources.0.epochs: expected"),
+        ("--data.overlong=cut", "data.overlong: expected 'split' or 'reject' or 'error'"),
         ("--data.sequence_length=1", "data.sequence_length: expected at least 2"),
         ("--optimizer.betas=[1]", "optimizer.betas: expected a list of a number"),
         ("--model.new.dim=4", "model.new.n_layers is missing"),

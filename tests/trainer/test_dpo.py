@@ -168,7 +168,7 @@ def test_a_step_counts_pairs_and_rows(likes):
     options: dict[str, Any] = dict(sequence_length=128, packs_per_step=100, packs_per_micro_batch=3, seed=0)
     loader = Loader([Source(stream)], **options)
     options["packs_per_step"] = loader.packs_per_epoch
-    data = unfold_step(next(Loader([Source(stream)], **options)), World())
+    data = unfold_step(next(Loader([Source(stream)], **options)))
     assert data.total_weight == len(stream)
     assert data.total_tokens == stream.tokens - 2 * len(stream)
 

@@ -133,6 +133,14 @@ def test_a_signal_that_comes_while_the_device_works_is_not_lost(make_recipe, mon
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_weights_that_change_and_sources_that_end(make_recipe, capsys):
+    Trainer(make_recipe("--data.sources.0.weight=[[0, 1], [2, 0]]", "--train.steps=4")).log.close()
+    assert "weight 1, 0 from step 2;" in capsys.readouterr().out
+    ends = make_recipe("--data.sources.0.epochs=1", "--data.sources.1.epochs=1", "--train.steps=999")
+    with pytest.raises(ValueError, match="train: 999 steps, but with their epochs the sources last for"):
+        Trainer(ends)
+
+
 def test_a_checkpoint_is_read_no_more_than_once(make_recipe, tmp_path, monkeypatch):
     read = []
     crc32 = shards.crc32
