@@ -22,7 +22,7 @@ from tokenmill.kernels.cross_entropy import linear_cross_entropy, token_logprobs
 from tokenmill.kernels.embedding import Noise, embed
 from tokenmill.kernels.layout import Layout
 from tokenmill.kernels.logits import gradient, padded, statistics
-from tokenmill.kernels.moe import fused
+from tokenmill.kernels.moe import fused, torch_gemm
 from tokenmill.kernels.moe.permute import sort_choices
 from tokenmill.kernels.rms_norm import rms_norm
 from tokenmill.kernels.rotary import apply_rotary
@@ -129,8 +129,28 @@ def _experts(device: str, small: bool, *, dtype: torch.dtype = _BF16) -> Callabl
             alone, _ = moe.moe(x, logits, w_gate_up, w_down, 2, backend=backend)
         ys = backend.experts(x, offsets, w_gate_up, w_down)
         second = _both((ys,), (x, w_gate_up, w_down), (upstream,))
-        y, _ = moe.moe(x, logits, w_gate_up, w_down, 2, backend=backend)
-        return alone, *second, *_both((y,), (x, logits, w_gate_up, w_down), (upstream,))
+        y, routing = moe.moe(x, logits, w_gate_up, w_down, 2, backend=backend)
+        first = _both((y,), (x, logits, w_gate_up, w_down), (upstream,))
+        totals = torch.zeros_like(w_gate_up, dtype=_FP32), torch.zeros_like(w_down, dtype=_FP32)
+        added = fused.layer(x, routing._replace(weights=routing.weights.detach()), w_gate_up, w_down, totals)
+        added.backward(upstream)
+        return alone, *second, *first, *totals
+
+    return run
+
+
+def _experts_by_library(device: str, small: bool, *, dtype: torch.dtype = _BF16) -> Callable[[], Results]:
+    """What is ours where PyTorch's grouped product takes the place of our own."""
+    experts, rows, dim, hidden = (4, 64, 64, 96) if small else (8, 2 * TOKENS, DIM, HIDDEN)
+    dy, both = _randn(device, rows, dim, dtype=dtype), _randn(device, rows, 2 * hidden, dtype=dtype)
+    w, p = _randn(device, experts, dim, hidden, dtype=dtype), _randn(device, rows, dtype=_FP32)
+    offsets = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * (rows // experts)
+
+    def run() -> Results:
+        with torch.no_grad():
+            d_both, ph, d_p = torch_gemm.hidden_gradient(dy, w, both, offsets, p)
+            assert d_p is not None
+            return d_both, ph, d_p, torch_gemm.weight_gradient(dy, ph, offsets, None)
 
     return run
 
@@ -253,6 +273,7 @@ CASES: dict[str, Case] = {
     "routing, fp32": partial(_routing, dtype=_FP32),
     "experts": _experts,
     "experts, fp32": partial(_experts, dtype=_FP32),
+    "experts, PyTorch's product": _experts_by_library,
     "loss": _loss,
     "loss, 8191 tokens": partial(_loss, tokens=8191),
     "loss, vocabulary 32768": partial(_loss, vocab=32768),

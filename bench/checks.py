@@ -301,33 +301,6 @@ def _naive_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: in
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
 
 
-def moe(place: Place) -> list[Row]:
-    """Every backend of the experts inside the whole layer, one expert without a token; the layer is repeatable."""
-    count, dim, hidden = (13, 8, 16) if place.small else (1021, 256, 512)
-    inputs = [
-        _randn(place, count, dim), _randn(place, count, 8),
-        _randn(place, 8, 2 * hidden, dim, scale=dim**-0.5), _randn(place, 8, dim, hidden, scale=hidden**-0.5),
-    ]  # fmt: skip
-    chosen = torch.rand(count, 7, device=place.device).topk(2).indices  # of the first 7
-
-    def naive(x: Tensor, logits: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-        weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1).gather(1, chosen)
-        weights = torch.zeros_like(logits).scatter(1, chosen, (weights / weights.sum(-1, keepdim=True)).to(x.dtype))
-        ys = [swiglu.reference(x @ up.T) @ down.T for up, down in zip(w_gate_up, w_down, strict=True)]
-        return (torch.stack(ys, 1) * weights[..., None]).sum(1)
-
-    rows = []
-    for precision in _precisions(place):
-        for name in ("triton", "grouped_mm", "reference"):
-
-            def ours(*inputs: Tensor, name: str = name) -> Tensor:
-                return moe_kernels.moe(*inputs, top_k=2, forced=chosen, backend=name)[0]
-
-            rows.append(compared(f"moe {name}", precision, ours, naive, inputs))
-            rows.append(repeated(f"moe {name}", precision, ours, inputs))
-    return rows
-
-
 # ------------------------------------------------------------------------------------------- what all have in common
 
 

@@ -167,7 +167,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def grouped_gemm(kernel: str, sizes: Sequence[int], itemsize: int) -> dict[str, Any]:
-    """For the products of kernels/moe/grouped_gemm.py, of `sizes` (experts, N, K)."""
+    """For the products of kernels/moe/grouped_gemm.py, of `sizes` (experts, N, K). LIBRARY: not by our kernel."""
     descriptors = not 0 < architecture() < 90  # before sm_90, reading through them is not asynchronous
     width, stages = (256, 4) if descriptors else (128, 3)
     default = {"ROWS": 128, "COLUMNS": width, "INNER": 64, "num_stages": stages, "num_warps": 8}
@@ -177,8 +177,13 @@ def grouped_gemm(kernel: str, sizes: Sequence[int], itemsize: int) -> dict[str, 
         default |= {"COLUMNS": 128, "num_stages": 3}
     if itemsize == 4:  # exact products, without tensor cores
         default = {"ROWS": 32, "COLUMNS": 32, "INNER": 32, "num_stages": 2, "num_warps": 4}
-    default |= {"GROUP": 16, "DESCRIPTORS": descriptors, "enable_fp_fusion": True}
+    default |= {"GROUP": 16, "DESCRIPTORS": descriptors, "LIBRARY": False, "enable_fp_fusion": True}
     return settings(kernel, sizes, default)
+
+
+def by_torch(function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    """Run what takes the place of a kernel whose launch arguments have LIBRARY set."""
+    return function(*args, **kwargs)
 
 
 def router(kernel: str, experts: int) -> dict[str, Any]:

@@ -41,9 +41,12 @@ def _aligned(tensor: Tensor) -> Tensor:
 @library.custom_op("tokenmill::moe_experts", mutates_args=())
 def _experts(
     x: Tensor, w_gate_up: Tensor, w_down: Tensor, offsets: Tensor,
-    inverse: Tensor | None, weights: Tensor | None, keep: bool,
+    inverse: Tensor | None, weights: Tensor | None, gate_up_grad: Tensor | None, down_grad: Tensor | None, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The layer with inverse and weights (T, k); without, sorted rows in and out. And gate_up, empty unless `keep`."""
+    """The layer with inverse and weights (T, k); without, sorted rows in and out. And gate_up, empty unless `keep`.
+
+    gate_up_grad and down_grad are for the backward pass alone.
+    """
     x, w_gate_up, w_down = _aligned(x), _aligned(w_gate_up), _aligned(w_down)
     xs = x if inverse is None else spread(x, inverse)
     gate_up, h = grouped_gemm.gate_up(xs, w_gate_up, offsets, keep)
@@ -52,17 +55,18 @@ def _experts(
 
 
 @_experts.register_fake
-def _(x, w_gate_up, w_down, offsets, inverse, weights, keep):
+def _(x, w_gate_up, w_down, offsets, inverse, weights, gate_up_grad, down_grad, keep):
     rows = x.shape[0] if inverse is None else inverse.numel()
     return x.new_empty(x.shape), x.new_empty((rows, w_gate_up.shape[1]) if keep else 0)
 
 
-@library.custom_op("tokenmill::moe_experts_backward", mutates_args=())
+@library.custom_op("tokenmill::moe_experts_backward", mutates_args=("gate_up_grad", "down_grad"))
 def _experts_backward(
     dy: Tensor, x: Tensor, gate_up: Tensor, w_gate_up: Tensor, w_down: Tensor, offsets: Tensor,
-    inverse: Tensor | None, weights: Tensor | None, of_x: bool, of_gate_up: bool, of_down: bool,
+    inverse: Tensor | None, weights: Tensor | None, gate_up_grad: Tensor | None, down_grad: Tensor | None,
+    of_x: bool, of_gate_up: bool, of_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, w_gate_up, w_down and weights; empty where not asked for."""
+    """Gradients of x, w_gate_up, w_down and weights; empty where not asked for, or added to one that is given."""
     dy, x, w_gate_up, w_down = _aligned(dy), _aligned(x), _aligned(w_gate_up), _aligned(w_down)
     dx, d_w_gate_up, d_w_down = (x.new_empty(0) for _ in range(3))
     d_weights, p = x.new_empty(0, dtype=torch.float32), None
@@ -73,62 +77,78 @@ def _experts_backward(
     if d_p is not None:
         d_weights = d_p[inverse]
     if of_down:
-        d_w_down = grouped_gemm.weight_gradient(dy, ph, offsets)
+        made = grouped_gemm.weight_gradient(dy, ph, offsets, down_grad)
+        d_w_down = made if down_grad is None else d_w_down
     if of_x:
         dx = grouped_gemm.product(d_gate_up, w_gate_up, offsets, transposed=False)
         dx = dx if inverse is None else sum_choices(dx, inverse)
     if of_gate_up:
         xs = x if inverse is None else spread(x, inverse)
-        d_w_gate_up = grouped_gemm.weight_gradient(d_gate_up, xs, offsets)
+        made = grouped_gemm.weight_gradient(d_gate_up, xs, offsets, gate_up_grad)
+        d_w_gate_up = made if gate_up_grad is None else d_w_gate_up
     return dx, d_w_gate_up, d_w_down, d_weights
 
 
 @_experts_backward.register_fake
-def _(dy, x, gate_up, w_gate_up, w_down, offsets, inverse, weights, of_x, of_gate_up, of_down):
+def _(dy, x, gate_up, w_gate_up, w_down, offsets, inverse, weights, gate_up_grad, down_grad, of_x, of_gate_up, of_down):
     return (
         x.new_empty(x.shape if of_x else 0),
-        x.new_empty(w_gate_up.shape if of_gate_up else 0),
-        x.new_empty(w_down.shape if of_down else 0),
+        x.new_empty(w_gate_up.shape if of_gate_up and gate_up_grad is None else 0),
+        x.new_empty(w_down.shape if of_down and down_grad is None else 0),
         x.new_empty(0 if weights is None else weights.shape, dtype=torch.float32),
     )
 
 
 def _setup(ctx, inputs, output) -> None:
-    *saved, _keep = inputs
+    *saved, gate_up_grad, down_grad, _keep = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else zeros are made for gate_up, as large as it
     ctx.save_for_backward(*saved, output[1])
+    ctx.totals = gate_up_grad, down_grad  # not saved: that forbids what they are for, to be changed until then
 
 
 def _backward(ctx, dy, _):
     x, w_gate_up, w_down, offsets, inverse, weights, gate_up = ctx.saved_tensors
     if dy is None:
-        return (None,) * 7
+        return (None,) * 9
     needs = ctx.needs_input_grad
     dx, d_w_gate_up, d_w_down, d_weights = _experts_backward(
-        dy, x, gate_up, w_gate_up, w_down, offsets, inverse, weights, *needs[:3]
+        dy, x, gate_up, w_gate_up, w_down, offsets, inverse, weights, *ctx.totals, *needs[:3]
     )
-    gradients = (dx, d_w_gate_up, d_w_down, None, None, d_weights, None)
+    if ctx.totals[0] is not None:
+        d_w_gate_up = d_w_down = None
+    gradients = (dx, d_w_gate_up, d_w_down, None, None, d_weights, None, None, None)
     return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
 
 
 _experts.register_autograd(_backward, setup_context=_setup)
 
 
-def layer(x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-    """`permute`, `experts` and `combine` of this package in one: x (T, D) to (T, D)."""
+def layer(
+    x: Tensor, routing: Routing, w_gate_up: Tensor, w_down: Tensor, weight_grads: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """`permute`, `experts` and `combine` of this package in one: x (T, D) to (T, D).
+
+    weight_grads, fp32 like w_gate_up and w_down: the backward pass adds their gradients to these, and autograd gets
+    none (compiled, it has to come before the next forward pass). Raises ValueError where they do not fit.
+    """
+    for total, w in zip(weight_grads or (), (w_gate_up, w_down), strict=bool(weight_grads)):
+        if total.shape != w.shape or total.dtype != torch.float32 or not total.is_contiguous():
+            expected = f"expected contiguous torch.float32 {[*w.shape]}"
+            raise ValueError(f"weight_grads: {expected}, got {total.dtype} {[*total.shape]}")
     offsets, _, inverse = sort_choices(routing)
-    return _run(x, w_gate_up, w_down, offsets, inverse, routing.weights)
+    return _run(x, w_gate_up, w_down, offsets, inverse, routing.weights, weight_grads)
 
 
 def experts(xs: Tensor, offsets: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
     """See `experts` in this package."""
-    return _run(xs, w_gate_up, w_down, offsets, None, None)
+    return _run(xs, w_gate_up, w_down, offsets, None, None, None)
 
 
 def _run(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, offsets: Tensor, inverse: Tensor | None, weights: Tensor | None
-) -> Tensor:
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, offsets: Tensor, inverse: Tensor | None, weights: Tensor | None,
+    weight_grads: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
     """Raises ValueError where dtypes differ, or a row is not a multiple of 16 bytes: copies need that."""
     if weights is not None and weights.dtype != torch.float32:
         raise ValueError(f'moe = "triton": the weights of the choices are {weights.dtype}, expected torch.float32')
@@ -144,5 +164,6 @@ def _run(
             )
     weights = None if weights is None else weights.contiguous()
     needed = any(t is not None and t.requires_grad for t in (x, w_gate_up, w_down, weights))
-    y, _ = _experts(x, w_gate_up, w_down, offsets, inverse, weights, torch.is_grad_enabled() and needed)
+    totals = weight_grads or (None, None)
+    y, _ = _experts(x, w_gate_up, w_down, offsets, inverse, weights, *totals, torch.is_grad_enabled() and needed)
     return y

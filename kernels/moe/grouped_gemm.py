@@ -8,12 +8,14 @@ router's weight of each row. For the rows of each expert e:
     hidden_gradient  d_h = dy w[e]                         dy (M, D) before weighting, w (E, D, F)
                      d_p = <d_h, h>;  p * h;  d_g and d_u of p * d_h
     weight_gradient  out[e] = a^T b                        a (M, N), b (M, K), out (E, N, K); 0 where e has no rows
+                     total[e] += a^T b                     where there is a total (E, N, K) fp32
 
 silu(g) = g * sigmoid(g). Products are accumulated in fp32 and rounded once. The output is cut into tiles; as many
 programs as the GPU has multiprocessors each compute every so many-th of them, and find from `offsets` which expert a
 tile belongs to. A tile at the end of an expert reads on into the rows of the next, and does not store what comes of
 them. From sm_90 on, operands are read through tensor descriptors, made in the kernel, whose copies are asynchronous;
 before, through pointers. Nothing depends on the order in which programs run, so results are the same bits every time.
+At shapes for which tuned.json says so, PyTorch's grouped product takes the place of ours (torch_gemm.py).
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -29,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenmill.kernels import launch
+from tokenmill.kernels.moe import torch_gemm
 
 # --------------------------------------------------------------------------------------------------- tiles in Triton
 
@@ -231,10 +234,10 @@ def _store_hidden_gradient(d_h, weight, gate_up, d_gate_up, ph, row, column, end
 @triton.jit
 def _weight_gradient_kernel(
     a, b, out, offsets,
-    EXPERTS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    EXPERTS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Here the rows are what is summed over: of each expert alone, so operands must end where it does."""
+    """Here the rows are what is summed over: of each expert alone, so operands must end where it does. ADD to `out`."""
     ROW_TILES: tl.constexpr = (N + ROWS - 1) // ROWS
     COLUMN_TILES: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
     TILES: tl.constexpr = ROW_TILES * COLUMN_TILES
@@ -255,8 +258,21 @@ def _weight_gradient_kernel(
                 left = _read(a_rows, 0, k, row, end, N, INNER, ROWS, DESCRIPTORS)
                 right = _read(b_rows, 0, k, column, end, K, INNER, COLUMNS, DESCRIPTORS)
                 total = tl.dot(left.T, right, total, input_precision="ieee")
-            at, inside = _at(out + tl.cast(e, tl.int64) * N * K, row, column, N, K, K, total.shape)
-            tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+            matrix = out + tl.cast(e, tl.int64) * N * K
+            if ADD and COLUMNS > 64:  # the tile, and what it is added to, are too much at once
+                left, right = _halves(total, ROWS, COLUMNS)
+                _store_gradient(left, matrix, row, column, N, K, ADD)
+                _store_gradient(right, matrix, row, column + COLUMNS // 2, N, K, ADD)
+            else:
+                _store_gradient(total, matrix, row, column, N, K, ADD)
+
+
+@triton.jit
+def _store_gradient(value, matrix, row, column, N: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr):
+    at, inside = _at(matrix, row, column, N, K, K, value.shape)
+    if ADD:
+        value += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, value.to(matrix.dtype.element_ty), mask=inside)
 
 
 # ------------------------------------------------------------------------------------------------------ launchers
@@ -266,13 +282,11 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _launch(kernel: Any, name: str, sizes: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
-    """Start as many programs as there are multiprocessors; `sizes` are E and the matrices' N and K."""
-    x = arguments[0]
+def _launch(kernel: Any, settings: dict[str, Any], *arguments: Any, **constants: Any) -> None:
+    """Start as many programs as there are multiprocessors."""
     # The memory of descriptors made in a kernel. A thread has its own allocator, and autograd its own thread.
     triton.set_allocator(_allocate)
-    settings = launch.grouped_gemm(name, sizes, x.element_size())
-    kernel[(launch.multiprocessors(x.device),)](*arguments, EXPERTS=sizes[0], **constants, **settings)
+    kernel[(launch.multiprocessors(arguments[0].device),)](*arguments, **constants, **settings)
 
 
 @launch.on_its_device
@@ -280,10 +294,14 @@ def product(x: Tensor, w: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
     """(M, N) of x (M, K) and w, which is (E, N, K) if `transposed`, as a linear layer has it, else (E, K, N)."""
     experts, n, k = w.shape if transposed else (w.shape[0], w.shape[2], w.shape[1])
     y = x.new_empty(x.shape[0], n)
-    if y.numel():
-        constants = dict(SPAN=triton.next_power_of_2(experts), N=n, K=k, TRANSPOSED=transposed)
-        name = "moe_product_t" if transposed else "moe_product"
-        _launch(_product_kernel, name, (experts, n, k), x, w, y, offsets, x.shape[0], **constants)
+    if not y.numel():
+        return y
+    name = "moe_product_t" if transposed else "moe_product"
+    settings = launch.grouped_gemm(name, (experts, n, k), x.element_size())
+    if settings.pop("LIBRARY"):
+        return launch.by_torch(torch_gemm.product, x, w, offsets, transposed)
+    constants = dict(EXPERTS=experts, SPAN=triton.next_power_of_2(experts), N=n, K=k, TRANSPOSED=transposed)
+    _launch(_product_kernel, settings, x, w, y, offsets, x.shape[0], **constants)
     return y
 
 
@@ -293,11 +311,13 @@ def gate_up(x: Tensor, w: Tensor, offsets: Tensor, keep: bool) -> tuple[Tensor, 
     experts, width, k = w.shape
     h = x.new_empty(x.shape[0], width // 2)
     both = x.new_empty((x.shape[0], width) if keep else 0)
-    if h.numel():
-        constants = dict(SPAN=triton.next_power_of_2(experts), F=width // 2, K=k, KEEP=keep)
-        _launch(
-            _gate_up_kernel, "moe_gate_up", (experts, width // 2, k), x, w, both, h, offsets, x.shape[0], **constants
-        )
+    if not h.numel():
+        return both, h
+    settings = launch.grouped_gemm("moe_gate_up", (experts, width // 2, k), x.element_size())
+    if settings.pop("LIBRARY"):
+        return launch.by_torch(torch_gemm.gate_up, x, w, offsets, keep)
+    constants = dict(EXPERTS=experts, SPAN=triton.next_power_of_2(experts), F=width // 2, K=k, KEEP=keep)
+    _launch(_gate_up_kernel, settings, x, w, both, h, offsets, x.shape[0], **constants)
     return both, h
 
 
@@ -308,23 +328,30 @@ def hidden_gradient(
     """d_gate_up (M, 2F), p * h (M, F) and d_p (M,) of dy (M, D), w (E, D, F), gate_up (M, 2F) and p; None without p."""
     experts, k, f = w.shape
     rows = dy.shape[0]
-    name, sizes = "moe_hidden_gradient", (experts, f, k)
-    tiles = triton.cdiv(f, launch.grouped_gemm(name, sizes, dy.element_size())["COLUMNS"])
+    settings = launch.grouped_gemm("moe_hidden_gradient", (experts, f, k), dy.element_size())
+    if settings.pop("LIBRARY") and rows:
+        return launch.by_torch(torch_gemm.hidden_gradient, dy, w, both, offsets, p)
     d_both, ph = both.new_empty(both.shape), dy.new_empty(rows, f)
-    d_p = None if p is None else p.new_empty(rows, tiles)
-    if ph.numel():
-        constants = dict(SPAN=triton.next_power_of_2(experts), F=f, K=k, WEIGHTED=p is not None)
-        arguments = (dy, w, both, p, d_both, ph, d_p, offsets, rows)
-        _launch(_hidden_gradient_kernel, name, sizes, *arguments, **constants)
+    d_p = None if p is None else p.new_empty(rows, triton.cdiv(f, settings["COLUMNS"]))
+    if rows:
+        constants = dict(EXPERTS=experts, SPAN=triton.next_power_of_2(experts), F=f, K=k, WEIGHTED=p is not None)
+        _launch(_hidden_gradient_kernel, settings, dy, w, both, p, d_both, ph, d_p, offsets, rows, **constants)
     return d_both, ph, None if d_p is None else d_p.sum(1)
 
 
 @launch.on_its_device
-def weight_gradient(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """(E, N, K): a^T b over the rows of each expert, of a (M, N) and b (M, K); 0 where it has none."""
+def weight_gradient(a: Tensor, b: Tensor, offsets: Tensor, total: Tensor | None = None) -> Tensor:
+    """(E, N, K): a^T b over the rows of each expert, of a (M, N) and b (M, K); 0 where it has none.
+
+    With `total` (E, N, K) fp32 it is added to that, which is returned.
+    """
     experts, n, k = offsets.shape[0], a.shape[1], b.shape[1]
     if a.shape[0] == 0:
-        return a.new_zeros(experts, n, k)
-    out = a.new_empty(experts, n, k)
-    _launch(_weight_gradient_kernel, "moe_weight_gradient", (experts, n, k), a, b, out, offsets, N=n, K=k)
+        return a.new_zeros(experts, n, k) if total is None else total
+    settings = launch.grouped_gemm("moe_weight_gradient", (experts, n, k), a.element_size())
+    if settings.pop("LIBRARY"):
+        return launch.by_torch(torch_gemm.weight_gradient, a, b, offsets, total)
+    out = a.new_empty(experts, n, k) if total is None else total
+    constants = dict(EXPERTS=experts, N=n, K=k, ADD=total is not None)
+    _launch(_weight_gradient_kernel, settings, a, b, out, offsets, **constants)
     return out

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tokenmill.bench import checks, gpu, head, moe, ops
+from tokenmill.bench import checks, checks_experts, gpu, head, moe, ops
 from tokenmill.bench.gpu import PARTS, Part, Place, visit
 
 
@@ -121,15 +121,21 @@ def test_a_check_that_does_not_hold_shows_in_the_exit_status(tmp_path):
 def test_every_part_exists():
     from tokenmill.bench import training
 
-    modules = {"checks": checks, "head": head, "moe": moe, "ops": ops, "training": training}
+    modules = {module.__name__.split(".")[-1]: module for module in (checks, checks_experts, head, moe, ops, training)}
     for part in [*PARTS, *gpu.MORE, *gpu.EXPERTS]:
         module, name = part.function.removeprefix("tokenmill.bench.").split(":")
         assert callable(getattr(modules[module], name))
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "elementwise", "attention", "moe", "optimizer"])
-def test_operations_hold(place, name):
-    rows = getattr(checks, name)(place)
+@pytest.mark.parametrize(
+    "part",
+    [
+        checks.cross_entropy, checks.elementwise, checks.attention, checks.optimizer,
+        checks_experts.moe, checks_experts.routing,
+    ],
+)  # fmt: skip
+def test_operations_hold(place, part):
+    rows = part(place)
     assert all(row["held"] is not False for row in rows)
     assert any(row["held"] for row in rows)
 

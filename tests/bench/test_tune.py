@@ -63,6 +63,34 @@ def test_the_fastest_right_arguments_go_into_the_table(monkeypatch, tmp_path, ca
     assert "swiglu 14336 (swiglu, fp32)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("of_library", "taken"), [(0.5, True), (0.99, False)])
+def test_the_library_comes_last(monkeypatch, of_library, taken):
+    """Only once our own arguments are the best; by its own time."""
+
+    def clock(self, candidates, rounds):
+        return [of_library if c["LIBRARY"] else 1 + abs(c["GROUP"] - 4) for c in candidates]
+
+    monkeypatch.setattr(tune._Trial, "milliseconds", clock)
+    monkeypatch.setattr(tune._Trial, "is_right", lambda self, arguments, expected: True)
+    case = CASES["experts, fp32"]
+    (found,) = [(s, a) for kernel, s, a in tune.asked(case, "cpu", True) if kernel == "moe_gate_up"]
+    best, _, _ = tune._tuned(case, "cpu", True, "sm_90", "moe_gate_up", *found, 1)
+    assert (best["GROUP"], best["LIBRARY"]) == (4, taken)
+
+
+def test_the_library_is_timed_and_right():
+    case = CASES["experts, fp32"]
+    found = {kernel: (shape, a) for kernel, shape, a in tune.asked(case, "cpu", True) if "LIBRARY" in a}
+    assert set(found) == {
+        "moe_product", "moe_product_t", "moe_gate_up", "moe_hidden_gradient", "moe_weight_gradient"
+    }  # fmt: skip
+    for kernel, (shape, arguments) in found.items():
+        trial = tune._Trial(case("cpu", True), kernel, shape)
+        expected = trial.result(arguments)
+        assert trial.is_right(arguments | {"LIBRARY": True}, expected)
+        assert trial.marks
+
+
 def test_a_wrong_result_is_no_candidate():
     """A block of which not all is written, and one that Triton does not take."""
     trial = tune._Trial(CASES["rms_norm, fp32"]("cpu", True), "rms_norm", "4096")

@@ -124,6 +124,29 @@ def test_only_gradients_that_are_asked_for(trained: tuple[int, ...]):
             assert other.grad is None
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_added_to_what_is_there(compiled: bool):
+    """Two micro-batches; the second forward before the first backward, which a compiled graph forbids."""
+    tensors = leaves(9, 3)
+    plain, inputs = require(tensors), require(tensors)
+    totals = torch.ones_like(tensors[2]), torch.ones_like(tensors[3])
+
+    def loss(x: Tensor, logits: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+        return fused.layer(x, route(logits, 2), w_gate_up, w_down, totals).square().sum()
+
+    step = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    losses = (step(*inputs) for _ in range(2))
+    for one in losses if compiled else [*losses]:
+        one.backward()
+    for _ in range(2):
+        layer(plain, 2).square().sum().backward()
+    assert inputs[2].grad is inputs[3].grad is None
+    for total, weight in zip(totals, plain[2:], strict=True):
+        torch.testing.assert_close(total - 1, weight.grad, rtol=1e-5, atol=1e-5)
+    for one, other in zip(inputs[:2], plain[:2], strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 def test_twenty_passes_are_the_same_bits():
     tensors = leaves(5, 2)
     dy = torch.randn(5, DIM)
@@ -156,9 +179,9 @@ def test_tensors_that_begin_anywhere(monkeypatch):
     addresses: list[int] = []
     launched = grouped_gemm._launch
 
-    def checked(kernel: Any, name: str, sizes: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
+    def checked(kernel: Any, settings: dict[str, Any], *arguments: Any, **constants: Any) -> None:
         addresses.extend(tensor.data_ptr() for tensor in arguments if isinstance(tensor, Tensor))
-        launched(kernel, name, sizes, *arguments, **constants)
+        launched(kernel, settings, *arguments, **constants)
 
     def shifted(tensor: Tensor) -> Tensor:
         view = torch.empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
@@ -223,12 +246,15 @@ def test_operators_are_well_formed():
     inverse = torch.argsort(torch.argsort(routing.experts.flatten(), stable=True)).view(7, 2)
     offsets = torch.bincount(routing.experts.flatten(), minlength=3).cumsum(0).int()
     weights = routing.weights.detach().requires_grad_()
-    library.opcheck(fused._experts, (x, w_gate_up, w_down, offsets, inverse, weights, True))
+    library.opcheck(fused._experts, (x, w_gate_up, w_down, offsets, inverse, weights, None, None, True))
     rows = torch.randn(14, DIM, requires_grad=True)
-    library.opcheck(fused._experts, (rows, w_gate_up, w_down, offsets, None, None, True))
+    library.opcheck(fused._experts, (rows, w_gate_up, w_down, offsets, None, None, None, None, True))
     gate_up = torch.randn(14, 2 * HIDDEN_DIM)
     tensors = [tensor.detach() for tensor in (x, x, gate_up, w_gate_up, w_down)]
-    library.opcheck(fused._experts_backward, (*tensors, offsets, inverse, weights.detach(), True, True, False))
+    weights = weights.detach()
+    library.opcheck(fused._experts_backward, (*tensors, offsets, inverse, weights, None, None, True, True, False))
+    totals = [torch.zeros_like(w_gate_up), torch.zeros_like(w_down)]
+    library.opcheck(fused._experts_backward, (*tensors, offsets, inverse, weights, *totals, True, True, True))
 
 
 def test_compiles_to_one_graph():
@@ -250,3 +276,7 @@ def test_wrong_input_is_named():
         moe(x, logits, w_gate_up, w_down.half(), 1, backend="triton")
     with pytest.raises(ValueError, match='moe = "triton" needs rows .* D = 23 of 4 bytes'):
         moe(x[:, 1:], logits, w_gate_up[..., 1:], w_down[:, 1:], 1, backend="triton")
+    with pytest.raises(
+        ValueError, match=r"weight_grads: expected contiguous torch.float32 \[3, 24, 40\], got .*float16"
+    ):
+        fused.layer(x, route(logits, 1), w_gate_up, w_down, (torch.empty_like(w_gate_up), w_down.half()))
