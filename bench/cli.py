@@ -35,6 +35,15 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     c.add_argument("--output", default="runs/moe", help="folder for gpu.json, moe.csv and moe.png (default: runs/moe)")
     c.add_argument("--rehearse", action="store_true", help="every line of it on a CPU, at tiny shapes")
 
+    c = command("data", _data, "Text to batches, each part of the way beside other projects' tools, on one core.")
+    c.add_argument("inputs", nargs="*", metavar="INPUT", help="plain documents, as for prepare (default: made ones)")
+    c.add_argument("--tokenizer", default="mistral-v1", help="as for prepare (default: mistral-v1)")
+    c.add_argument("--peers", metavar="DIR", help="where pip makes an environment for each peer (default: no peers)")
+    c.add_argument("--output", default="runs/data", help="folder for data.csv and data.png (default: runs/data)")
+    c.add_argument("--only", nargs="+", metavar="CASE", help="such as encoder; default: all")
+    c.add_argument("--seconds", type=float, default=20, help="of turns for a case, at least three turns (default: 20)")
+    c.add_argument("--rehearse", action="store_true", help="every line of it, at tiny sizes")
+
     c = command("tune", _tune, "The fastest launch arguments on the GPU at hand, into the package's table of them.")
     c.add_argument("--only", default="", metavar="TEXT", help="only the cases that have TEXT in their name")
     c.add_argument("--output", metavar="FILE", help="default: tuned.json in the package")
@@ -85,6 +94,20 @@ def _measure(name: str, parts: Any, options: argparse.Namespace) -> None:
     report.plot(result, output / f"{name}.png")
     if status:
         raise ValueError(f"{output}/gpu.json: a part failed; it says where")
+
+
+def _data(options: argparse.Namespace) -> None:
+    from tokenmill.bench import data
+
+    data.main(
+        options.inputs,
+        Path(options.output),
+        tokenizer=options.tokenizer,
+        environments=Path(options.peers) if options.peers else None,
+        only=options.only,
+        seconds=options.seconds,
+        small=options.rehearse,
+    )
 
 
 def _tune(options: argparse.Namespace) -> None:

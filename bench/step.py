@@ -15,6 +15,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -28,10 +29,11 @@ from tokenmill.trainer.distributed import join, pick_device, shard
 from tokenmill.trainer.model import ModelConfig, MoEConfig, Transformer
 from tokenmill.trainer.model.recompute import Recompute
 from tokenmill.trainer.model.weights import save_hf
-from tokenmill.trainer.objectives.pretrain import StepContext, pretrain
+from tokenmill.trainer.objectives.pretrain import Objective, StepContext, pretrain
 from tokenmill.trainer.optim import build_optimizer
 
 OURS = "tokenmill"
+NO_ROUTING = LossSection(balance=0.0, router_z=0.0)  # transformers adds no routing loss unless asked
 Precision = Literal["fp32", "bf16-mixed"]
 Steps = list[tuple[float, float]]  # seconds and loss of each step
 
@@ -134,23 +136,34 @@ def main(recompute: Recompute = "none", device: str = "auto") -> None:
 def _ours(
     model: Transformer, batches: Sequence[Batch], section: OptimizerSection, device: str, precision: Precision
 ) -> Steps:
-    quiet = LossSection(balance=0.0, router_z=0.0)  # transformers adds no routing loss unless asked
-    steps = []
     with join(device, sharded=precision == "bf16-mixed") as world:
         model = copy.deepcopy(model).to(world.device)
         shard(model, world, precision)
-        optimizer = build_optimizer(model, section)
-        model.train()
-        for batch in batches:
-            begin = time.perf_counter()
-            context = StepContext(0, float(batch.weights.sum()), batch.tokens.numel(), None, quiet)
-            loss = pretrain(model, batch.to(world.device, non_blocking=True), context).total
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), section.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            _wait_for(device)
-            steps.append((time.perf_counter() - begin, loss.item()))
+        return take_steps(model, pretrain, [(batch, float(batch.weights.sum())) for batch in batches], section, device)
+
+
+def take_steps(
+    model: Transformer,
+    objective: Objective,
+    batches: Sequence[tuple[Batch, float]],
+    section: OptimizerSection,
+    device: str,
+    loss: LossSection = NO_ROUTING,
+) -> Steps:
+    """Train `model`, which is on `device` and sharded where it has to be, a step on each batch and its total weight."""
+    optimizer = build_optimizer(model, section)
+    model.train()
+    steps = []
+    for number, (batch, weight) in enumerate(batches):
+        begin = time.perf_counter()
+        context = StepContext(number, weight, batch.tokens.numel(), None, loss)
+        total = objective(model, batch.to(device, non_blocking=True), context).total
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), section.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        _wait_for(device)
+        steps.append((time.perf_counter() - begin, total.item()))
     return steps
 
 
@@ -169,33 +182,35 @@ def _theirs(
 ) -> Steps:
     import transformers
 
-    seconds: list[float] = []
-    losses: list[Any] = []  # read at the end: the step does not wait for them
-
-    class Clock(transformers.TrainerCallback):
-        begin = 0.0
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.begin = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            _wait_for(device)
-            seconds.append(time.perf_counter() - self.begin)
-
-    class Recording(transformers.Trainer):
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(*args, **kwargs)
-            losses.append(loss.detach())  # pyright: ignore[reportAttributeAccessIssue]
-            return loss
-
     class Rows(torch.utils.data.IterableDataset):  # in this order
         def __iter__(self) -> Iterator[dict[str, Tensor]]:
             return iter(rows)
 
-    arguments = transformers.TrainingArguments(
+    given = arguments(folder, len(rows), section, gradient_checkpointing, device, precision)
+    with quiet():
+        _, train = recording(
+            transformers.Trainer,
+            device,
+            model=twin(folder, device),
+            args=transformers.TrainingArguments(per_device_train_batch_size=1, **given),
+            train_dataset=Rows(),
+            data_collator=lambda rows: rows[0],
+        )
+        return train()
+
+
+def arguments(
+    folder: Path,
+    steps: int,
+    section: OptimizerSection,
+    gradient_checkpointing: bool,
+    device: str,
+    precision: Precision,
+) -> dict[str, Any]:
+    """Of transformers' TrainingArguments, those that make its steps ours."""
+    return dict(
         output_dir=str(folder / "trainer"),
-        max_steps=len(rows),
-        per_device_train_batch_size=1,
+        max_steps=steps,
         learning_rate=section.learning_rate,
         lr_scheduler_type="constant",
         adam_beta1=section.betas[0],
@@ -212,28 +227,65 @@ def _theirs(
         use_cpu=device == "cpu",
         bf16=precision == "bf16-mixed",
     )
+
+
+def twin(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of transformers' in `folder`/hf."""
+    import transformers
+
+    flash = device == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "hf",
+        use_cache=False,
+        dtype=dtype,
+        attn_implementation="flash_attention_2" if flash else "sdpa",
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within: transformers says nothing but errors."""
+    import transformers
+
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        twin = transformers.AutoModelForCausalLM.from_pretrained(
-            folder / "hf",
-            use_cache=False,
-            dtype=torch.float32,
-            attn_implementation="flash_attention_2" if device == "cuda" and _has_flash() else "sdpa",
-        )
-        trainer = Recording(
-            model=twin, args=arguments, train_dataset=Rows(), data_collator=lambda rows: rows[0], callbacks=[Clock()]
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
+        yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-    return [(time, float(loss)) for time, loss in zip(seconds, losses, strict=True)]
 
 
-def _has_flash() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+def recording(kind: Any, device: str, **given: Any) -> tuple[Any, Callable[[], Steps]]:
+    """A trainer of `kind`, transformers' Trainer or one made of it, and what trains it and says how its steps went."""
+    import transformers
+
+    seconds: list[float] = []
+    losses: list[Any] = []  # read at the end: the step does not wait for them
+
+    class Clock(transformers.TrainerCallback):
+        begin = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.begin = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            _wait_for(device)
+            seconds.append(time.perf_counter() - self.begin)
+
+    class Recording(kind):
+        def compute_loss(self, *args: Any, **keywords: Any) -> Any:
+            loss = super().compute_loss(*args, **keywords)
+            losses.append(loss.detach())
+            return loss
+
+    def train() -> Steps:
+        trainer.train()
+        return [(time, float(loss)) for time, loss in zip(seconds, losses, strict=True)]
+
+    trainer = Recording(callbacks=[Clock()], **given)
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer, train
 
 
 def _documents(batch: Batch) -> list[tuple[Tensor, Tensor]]:

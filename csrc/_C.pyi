@@ -85,12 +85,14 @@ def assemble(
     targets: NDArray[np.int64],
     weights: NDArray[np.float32],
     positions: NDArray[np.int32],
+    target_rows: NDArray[np.int32],
     cu_seqlens: NDArray[np.int32],
-) -> None:
+) -> int:
     """Documents (or parts) gathered from shards: part i is `tokens[shard[i]][start[i]:start[i] + length[i]]`.
 
     `silent[s]` (S, 2) uint64 are the spans of shard s that carry no loss, sorted and not overlapping. Fills the last
-    five, (T,) each and cu_seqlens (P + 1,), as `Batch.from_documents` would.
+    six, (T,) each and cu_seqlens (P + 1,), as `Batch.from_documents` would, target_rows as far as there are any.
+    Returns how many of them there are.
     """
 
 def find_damaged(

@@ -29,20 +29,23 @@ struct Parts {  // one entry a part
 };
 
 struct Rows {  // what is written
-  std::int32_t* tokens;        // (T,)
-  std::int64_t* targets;       // (T,)
-  float* weights;              // (T,)
-  std::int32_t* positions;     // (T,)
-  std::int32_t* cu_seqlens;    // (P + 1,)
+  std::span<std::int32_t> tokens;      // (T,)
+  std::span<std::int64_t> targets;     // (T,)
+  std::span<float> weights;            // (T,)
+  std::span<std::int32_t> positions;   // (T,)
+  std::span<std::int32_t> taught;      // (T,) first the rows with a weight, in order
+  std::span<std::int32_t> cu_seqlens;  // (P + 1,)
 };
 
-// Raises where a part is not wholly inside its shard; otherwise the number of rows in all.
+// Raises where a part is not wholly inside its shard, or half a span is there; otherwise the number of rows in all.
 inline std::int64_t check_parts(const std::vector<Shard>& shards, const Parts& parts) {
   const std::size_t n = parts.length.size();
   if (parts.shard.size() != n || parts.start.size() != n)
     throw std::invalid_argument("shard, start and length must have one entry a part, got " +
                                 std::to_string(parts.shard.size()) + ", " + std::to_string(parts.start.size()) +
                                 " and " + std::to_string(n));
+  for (const Shard& shard : shards)
+    if (shard.silent.size() % 2) throw std::invalid_argument("silent spans must be pairs of begin and end");
   std::int64_t rows = 0;
   for (std::size_t i = 0; i < n; ++i) {
     const std::int64_t shard = parts.shard[i], start = parts.start[i], length = parts.length[i];
@@ -59,6 +62,12 @@ inline std::int64_t check_parts(const std::vector<Shard>& shards, const Parts& p
     rows += length;
   }
   return rows;
+}
+
+inline void check_size(const char* name, std::size_t size, std::size_t expected) {
+  if (size != expected)
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(size) + " entries, expected " +
+                                std::to_string(expected));
 }
 
 // Row r of a part predicts token r + 1; the last row predicts nothing, nor does one whose next token is silent.
@@ -94,9 +103,17 @@ void fill_part(std::span<const Token> tokens, std::span<const std::uint64_t> sil
   }
 }
 
-// `parts` must have passed check_parts. Threads take runs of parts with about as many rows each.
-inline void assemble(const std::vector<Shard>& shards, const Parts& parts, const Rows& rows) {
+// How many rows have a weight. Raises as check_parts does, and where the rows are of another size. Threads take runs of
+// parts with about as many rows each.
+inline std::int64_t assemble(const std::vector<Shard>& shards, const Parts& parts, const Rows& rows) {
+  const auto total = check_parts(shards, parts);
   const std::size_t n = parts.length.size();
+  check_size("out_tokens", rows.tokens.size(), static_cast<std::size_t>(total));
+  check_size("targets", rows.targets.size(), static_cast<std::size_t>(total));
+  check_size("weights", rows.weights.size(), static_cast<std::size_t>(total));
+  check_size("positions", rows.positions.size(), static_cast<std::size_t>(total));
+  check_size("target_rows", rows.taught.size(), static_cast<std::size_t>(total));
+  check_size("cu_seqlens", rows.cu_seqlens.size(), n + 1);
   rows.cu_seqlens[0] = 0;
   for (std::size_t i = 0; i < n; ++i)
     rows.cu_seqlens[i + 1] = rows.cu_seqlens[i] + static_cast<std::int32_t>(parts.length[i]);
@@ -112,17 +129,24 @@ inline void assemble(const std::vector<Shard>& shards, const Parts& parts, const
   };
 
   constexpr std::int64_t kRowsPerThread = 1 << 16, kMostThreads = 8;  // fewer rows are done before a thread starts
-  const std::int64_t total = rows.cu_seqlens[n];
   const std::int64_t cores = std::max(1u, std::thread::hardware_concurrency());
   const std::int64_t threads = std::clamp<std::int64_t>(total / kRowsPerThread, 1, std::min(cores, kMostThreads));
   const auto boundary = [&](std::int64_t thread) {
     const auto row = static_cast<std::int32_t>(total * thread / threads);
-    return static_cast<std::size_t>(std::lower_bound(rows.cu_seqlens, rows.cu_seqlens + n, row) - rows.cu_seqlens);
+    const auto begin = rows.cu_seqlens.begin();
+    return static_cast<std::size_t>(std::lower_bound(begin, begin + static_cast<std::ptrdiff_t>(n), row) - begin);
   };
   std::vector<std::jthread> team;
   for (std::int64_t thread = 1; thread < threads; ++thread)
     team.emplace_back(work, boundary(thread), boundary(thread + 1));
   work(0, boundary(1));
+  team.clear();  // waits for all of them
+  std::int64_t taught = 0;
+  for (std::int64_t row = 0; row < total; ++row) {
+    rows.taught[taught] = static_cast<std::int32_t>(row);
+    taught += rows.weights[row] != 0.0f;
+  }
+  return taught;
 }
 
 }  // namespace tokenmill

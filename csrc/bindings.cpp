@@ -79,7 +79,6 @@ std::vector<Shard> as_shards(const std::vector<py::array>& tokens, const std::ve
   if (tokens.size() != silent.size()) throw std::invalid_argument("one array of silent spans a shard is needed");
   std::vector<Shard> shards;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
-    if (silent[i].size() % 2) throw std::invalid_argument("silent spans must be pairs of begin and end");
     Shard shard{std::span<const std::uint16_t>{}, view(silent[i])};
     if (py::isinstance<Array<std::uint16_t>>(tokens[i]))
       shard.tokens = view(py::reinterpret_borrow<Array<std::uint16_t>>(tokens[i]));
@@ -93,25 +92,25 @@ std::vector<Shard> as_shards(const std::vector<py::array>& tokens, const std::ve
 }
 
 template <class T>
-T* rows_of(Array<T>& array, const char* name, std::int64_t size) {
-  if (array.ndim() != 1 || array.size() != size)
-    throw std::invalid_argument(std::string(name) + " has " + std::to_string(array.size()) + " entries, expected " +
-                                std::to_string(size));
-  return array.mutable_data();
+std::span<T> rows_of(Array<T>& array, const char* name) {
+  if (array.ndim() != 1)
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(array.ndim()) +
+                                " dimensions of entries, expected 1");
+  return {array.mutable_data(), static_cast<std::size_t>(array.size())};
 }
 
-void fill_batch(const std::vector<py::array>& tokens, const std::vector<Array<std::uint64_t>>& silent,
-                const Int64s& shard, const Int64s& start, const Int64s& length, Array<std::int32_t>& out_tokens,
-                Array<std::int64_t>& targets, Array<float>& weights, Array<std::int32_t>& positions,
-                Array<std::int32_t>& cu_seqlens) {
+std::int64_t fill_batch(const std::vector<py::array>& tokens, const std::vector<Array<std::uint64_t>>& silent,
+                        const Int64s& shard, const Int64s& start, const Int64s& length,
+                        Array<std::int32_t>& out_tokens, Array<std::int64_t>& targets, Array<float>& weights,
+                        Array<std::int32_t>& positions, Array<std::int32_t>& target_rows,
+                        Array<std::int32_t>& cu_seqlens) {
   const std::vector<Shard> shards = as_shards(tokens, silent);
   const Parts parts{view(shard), view(start), view(length)};
-  const std::int64_t rows = check_parts(shards, parts);
-  const Rows out{rows_of(out_tokens, "out_tokens", rows), rows_of(targets, "targets", rows),
-                 rows_of(weights, "weights", rows), rows_of(positions, "positions", rows),
-                 rows_of(cu_seqlens, "cu_seqlens", length.size() + 1)};
+  const Rows rows{rows_of(out_tokens, "out_tokens"), rows_of(targets, "targets"), rows_of(weights, "weights"),
+                  rows_of(positions, "positions"), rows_of(target_rows, "target_rows"),
+                  rows_of(cu_seqlens, "cu_seqlens")};
   py::gil_scoped_release release;
-  assemble(shards, parts, out);
+  return assemble(shards, parts, rows);
 }
 
 std::int64_t find_damaged_part(const std::vector<py::array>& tokens, const std::vector<Array<std::uint32_t>>& crc32,
@@ -143,27 +142,20 @@ py::tuple encode_texts(PieceCache& cache, const py::list& list, const py::functi
   std::int64_t* offset_data = offsets.mutable_data();
   py::array_t<std::int32_t> ids;
   {
-    py::gil_scoped_release release;
-    const std::lock_guard lock(cache.mutex());  // always taken without the GIL, so waiting for it inside is safe
-    PieceCache::Words found = cache.find(views);
-    if (!found.missing.empty()) {
-      std::vector<std::vector<std::int32_t>> encoded;
-      {
-        py::gil_scoped_acquire acquire;
-        py::list words;
-        for (const std::string_view word : found.missing) words.append(py::bytes(word));
-        encoded = encode_words(words).cast<std::vector<std::vector<std::int32_t>>>();
-      }
-      cache.fill(found, std::move(encoded));
-    }
-    cache.count(found, offset_data);
-    std::int32_t* data = nullptr;
-    {
-      py::gil_scoped_acquire acquire;
-      ids = py::array_t<std::int32_t>(offset_data[views.size()]);
-      data = ids.mutable_data();
-    }
-    cache.write(found, data);
+    py::gil_scoped_release release;  // the cache's lock is always taken without it, so waiting for it inside is safe
+    cache.encode(
+        views, {offset_data, views.size() + 1},
+        [&](const std::vector<std::string_view>& missing) {
+          py::gil_scoped_acquire acquire;
+          py::list words;
+          for (const std::string_view word : missing) words.append(py::bytes(word));
+          return encode_words(words).cast<std::vector<std::vector<std::int32_t>>>();
+        },
+        [&](std::int64_t count) {
+          py::gil_scoped_acquire acquire;
+          ids = py::array_t<std::int32_t>(count);
+          return ids.mutable_data();
+        });
   }
   return py::make_tuple(ids, offsets);
 }
@@ -212,7 +204,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("assemble", &fill_batch, py::arg("tokens"), py::arg("silent"), py::arg("shard"), py::arg("start"),
         py::arg("length"), py::arg("out_tokens").noconvert(), py::arg("targets").noconvert(),
-        py::arg("weights").noconvert(), py::arg("positions").noconvert(), py::arg("cu_seqlens").noconvert());
+        py::arg("weights").noconvert(), py::arg("positions").noconvert(), py::arg("target_rows").noconvert(),
+        py::arg("cu_seqlens").noconvert());
   m.def("find_damaged", &find_damaged_part, py::arg("tokens"), py::arg("crc32"), py::arg("checked"), py::arg("shard"),
         py::arg("start"), py::arg("length"), py::arg("block"));
 }

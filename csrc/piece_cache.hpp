@@ -4,8 +4,8 @@
 // around line ends and punctuation. Exact for a tokenizer whose ids of a text are then those of its words, one after
 // the other; which ones are is for the caller to know (data/tokenizer.py).
 //
-// A batch is done in three steps, so that only the second needs the tokenizer: `find` looks up each word, and lists
-// those it has not met; the caller encodes these; `fill` takes their ids. `write` then lays out the ids of all words.
+// A batch asks the tokenizer once at most: each word is looked up, those that were not met are encoded together, and
+// then the ids of all words are laid out.
 #pragma once
 
 #include <array>
@@ -24,16 +24,6 @@ namespace tokenmill {
 
 class PieceCache {
  public:
-  // The words of a batch. Views are into its texts, and into `openings`.
-  struct Words {
-    std::vector<std::uint32_t> words;       // in order: a cached word, or kOnce + i for ids[i]
-    std::vector<std::size_t> ends;          // where the words of each text end
-    std::vector<std::string_view> missing;  // to be encoded
-    std::vector<std::uint32_t> homes;       // of each missing word: the cached word it becomes, or kOnce
-    std::deque<std::string> openings;       // missing words that begin a text, behind the space they get
-    std::vector<std::vector<std::int32_t>> ids;  // of the missing words, from `fill`
-  };
-
   // `joins` (256 * 256): whether some piece holds byte i / 256 before byte i % 256; a text is cut between two others.
   // `adds_space`: each text is encoded behind a space. About `limit` bytes are kept: beyond, words go uncached, and the
   // next batch begins afresh.
@@ -50,7 +40,43 @@ class PieceCache {
     clear();
   }
 
-  std::mutex& mutex() { return mutex_; }  // to be held from `find` to `write`
+  // The ids of texts laid end to end, text i from offsets[i] to offsets[i + 1]. `encode_words` is asked for the ids of
+  // words that are not cached, a list each; `allocate` for room for as many ids as there are in all. Calls take turns.
+  template <class Encode, class Allocate>
+  void encode(std::span<const std::string_view> texts, std::span<std::int64_t> offsets, Encode&& encode_words,
+              Allocate&& allocate) {
+    if (offsets.size() != texts.size() + 1)
+      throw std::invalid_argument("offsets must have one entry more than there are texts");
+    const std::lock_guard lock(mutex_);
+    Words found = find(texts);
+    if (!found.missing.empty()) fill(found, encode_words(found.missing));
+    count(found, offsets.data());
+    write(found, allocate(offsets.back()));
+  }
+
+  std::size_t size() const { return words_.size(); }
+
+ private:
+  static constexpr std::uint32_t kOnce = std::uint32_t{1} << 31;  // not cached, or no room to
+  static constexpr std::size_t kLongest = 64;  // bytes; longer ones hardly come twice (text without spaces, base64)
+  static constexpr std::size_t kSmallest = 1 << 12, kLargest = (std::size_t{1} << 31) - 1;
+
+  struct Word {  // offsets into texts_ and ids_
+    std::uint32_t text, size, ids, count;
+  };
+  struct Slot {  // of the hash table: half of the hash, and the number of a word, kOnce where there is none
+    std::uint32_t tag, word;
+  };
+
+  // The words of a batch. Views are into its texts, and into `openings`.
+  struct Words {
+    std::vector<std::uint32_t> words;       // in order: a cached word, or kOnce + i for ids[i]
+    std::vector<std::size_t> ends;          // where the words of each text end
+    std::vector<std::string_view> missing;  // to be encoded
+    std::vector<std::uint32_t> homes;       // of each missing word: the cached word it becomes, or kOnce
+    std::deque<std::string> openings;       // missing words that begin a text, behind the space they get
+    std::vector<std::vector<std::int32_t>> ids;  // of the missing words, from the tokenizer
+  };
 
   Words find(std::span<const std::string_view> texts) {
     std::size_t bytes = 0;
@@ -102,20 +128,6 @@ class PieceCache {
     for (const std::uint32_t word : found.words)
       for (const std::int32_t id : ids_of(found, word)) *out++ = id;
   }
-
-  std::size_t size() const { return words_.size(); }
-
- private:
-  static constexpr std::uint32_t kOnce = std::uint32_t{1} << 31;  // not cached, or no room to
-  static constexpr std::size_t kLongest = 64;  // bytes; longer ones hardly come twice (text without spaces, base64)
-  static constexpr std::size_t kSmallest = 1 << 12, kLargest = (std::size_t{1} << 31) - 1;
-
-  struct Word {  // offsets into texts_ and ids_
-    std::uint32_t text, size, ids, count;
-  };
-  struct Slot {  // of the hash table: half of the hash, and the number of a word, kOnce where there is none
-    std::uint32_t tag, word;
-  };
 
   void clear() {
     words_.clear();

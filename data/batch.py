@@ -14,7 +14,8 @@ from torch import Tensor
 from tokenmill import _C
 from tokenmill.kernels.layout import GHOST, IGNORE, Layout, bucket
 
-ROWS = (torch.int32, torch.int64, torch.float32, torch.int32)  # of a Batch: tokens, targets, weights, positions
+# Of a Batch: tokens, targets, weights, positions, and room for the target rows.
+ROWS = (torch.int32, torch.int64, torch.float32, torch.int32, torch.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +88,8 @@ class Batch:
         total = int(length.sum())
         rows = [torch.empty(total, dtype=dtype, pin_memory=pinned) for dtype in ROWS]
         cu_seqlens = torch.empty(len(length) + 1, dtype=torch.int32, pin_memory=pinned)
-        _C.assemble(tokens, silent, shard, start, length, *(row.numpy() for row in (*rows, cu_seqlens)))
-        flat, targets, weights, positions = rows
+        count = _C.assemble(tokens, silent, shard, start, length, *(row.numpy() for row in (*rows, cu_seqlens)))
+        flat, targets, weights, positions, target_rows = rows
 
         def tensor(values: NDArray[Any], dtype: type) -> Tensor:
             made = torch.from_numpy(values.astype(dtype))
@@ -98,7 +99,7 @@ class Batch:
             flat,
             targets,
             weights,
-            tensor(np.flatnonzero(weights.numpy()), np.int32),
+            target_rows[:count],
             tensor(source_ids, np.int32),
             Layout(
                 positions,

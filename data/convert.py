@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.data.errors import DataError
-from tokenmill.data.shard import Documents, token_dtype
+from tokenmill.data.shard import Documents, naming, token_dtype
 from tokenmill.data.stream import TokenStream, sync
 from tokenmill.data.tokenizer import Tokenizer
 from tokenmill.data.writer import StreamWriter
@@ -158,11 +158,11 @@ def export_megatron(stream: str | Path, prefix: str | Path) -> None:
     temporary = index.with_name(f".{index.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        with (temporary / "bin").open("wb") as file:
+        with naming(data), (temporary / "bin").open("wb") as file:
             for shard in source.shards:
                 shard.check(0, len(shard.tokens))
-                shard.tokens.tofile(file)
-        with (temporary / "idx").open("wb") as file:
+                file.write(shard.tokens.data)
+        with naming(index), (temporary / "idx").open("wb") as file:
             _write_index(file, source.lengths, code, dtype.itemsize)
         for name, path in (("bin", data), ("idx", index)):
             sync(temporary / name)

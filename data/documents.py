@@ -3,10 +3,11 @@
 | suffix | a document is |
 | --- | --- |
 | `.txt` | the file |
-| `.jsonl` | a line: `{"text": ...}`, preferences (data/preference.py), `{"messages": [...]}`, or an Alpaca row |
+| `.jsonl` | a line: `{"text": ...}`, preferences (data/preference.py), or a conversation (data/chat.py) |
 | `.parquet` | a row with the same keys as columns |
 
-The first two may be compressed (`.gz`, `.zst`).
+The first two may be compressed (`.gz`, `.zst`). A conversation is `{"messages": [...]}`, OpenAI's; `{"conversations":
+[...]}`, ShareGPT's; or Alpaca's `instruction`, `input` and `output`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, cast
 
-from tokenmill.data.chat import Message, alpaca_messages, parse
+from tokenmill.data.chat import Message, alpaca_messages, parse, sharegpt_messages
 from tokenmill.data.errors import DataError
 from tokenmill.data.preference import Pair, is_pair, parse_pair
 
@@ -236,12 +237,14 @@ def content(row: Mapping[str, Any], text_key: str) -> str | Pair | Sequence[Mess
         return parse_pair(row)
     if "messages" in row:
         return row["messages"]
+    if "conversations" in row:
+        return sharegpt_messages(row)
     if "instruction" in row and "output" in row:
         return alpaca_messages(row)
     found = ", ".join(map(repr, row)) or "none"
     raise DataError(
-        f"no key {text_key!r}, 'messages', 'instruction' with 'output', or 'chosen' with 'rejected' (found {found}): "
-        "name the key of the text (--text-key)"
+        f"no key {text_key!r}, 'messages', 'conversations', 'instruction' with 'output', or 'chosen' with 'rejected' "
+        f"(found {found}): name the key of the text (--text-key)"
     )
 
 
@@ -252,7 +255,7 @@ def texts(content: str | Pair | Sequence[Message]) -> list[str]:
     if isinstance(content, Pair):
         return content.texts()
     system, turns = parse(content)
-    return [text for text in (system, *(turn["content"] for turn in turns)) if text]
+    return [text for text in (system, *(turn.text for turn in turns)) if text]
 
 
 def read_texts(inputs: Sequence[str | Path], text_key: str = "text") -> Iterator[str]:

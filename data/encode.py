@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.data import dedupe
-from tokenmill.data.chat import render
+from tokenmill.data.chat import LossOn, render, resolve
 from tokenmill.data.decontaminate import Evaluations
 from tokenmill.data.documents import Piece, content, rows, texts
 from tokenmill.data.errors import DataError
@@ -40,6 +40,7 @@ class Encoded:
     places: list[str]  # N, for a message
     contaminated: list[tuple[str, str, str]]  # source, place and what is shared, of each left out
     pairs: bool | None  # whether they are preference pairs; None where there are none
+    chat: dict[str, str] | None  # how conversations and pairs were rendered; None where there are none
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Encoder:
     text_key: str
     source_key: str | None
     template: str
+    loss_on: LossOn
     dedupe: dedupe.Dedupe | None
     evaluations: Evaluations | None
 
@@ -80,7 +82,7 @@ class Encoder:
                     elif isinstance(found, Pair):
                         chats[len(places)] = render_pair(found, self.tokenizer, self.template)
                     else:
-                        chats[len(places)] = render(found, self.tokenizer, self.template)
+                        chats[len(places)] = render(found, self.tokenizer, self.template, self.loss_on)
                 except DataError as error:
                     raise DataError(f"{where}: {error}") from None
                 source_ids.append(sources.setdefault(source, len(sources)))
@@ -89,8 +91,10 @@ class Encoder:
                 if self.dedupe:
                     whole.append(text)
         tokens, lengths, silent = _framed(plain, self.tokenizer)
+        chat = None
         if chats:
             tokens, lengths, silent = _with_chats(tokens, lengths, chats)
+            chat = {"template": resolve(self.tokenizer, self.template), "loss_on": "last" if pairs else self.loss_on}
         return Encoded(
             Documents(tokens, lengths, silent, np.array(source_ids, np.int64), list(sources)),
             np.array(sizes, np.int64),
@@ -98,6 +102,7 @@ class Encoder:
             places,
             contaminated,
             pairs,
+            chat,
         )
 
 

@@ -213,7 +213,7 @@ class Loader:
             raise StopIteration
         before = self._order.drawn(start)
         sources, packs = self._order.take(start, count)
-        drawn = [(self.plans[s], int(k)) for s, k in zip(sources, packs, strict=True)]
+        drawn = [(self.plans[s], packs[sources == s]) for s in np.unique(sources)]
         first, last = count * self.rank // self.world, count * (self.rank + 1) // self.world
         size = self.packs_per_micro_batch
         most = -(-count // self.world)  # packs of the rank that has the most
@@ -225,9 +225,9 @@ class Loader:
         state = self.state_dict()
         return StepData(
             micro_batches,
-            total_weight=float(sum(plan.weights[k] for plan, k in drawn)),
-            total_tokens=int(sum(plan.tokens[k] for plan, k in drawn)),
-            total_documents=sum(len(plan.parts(k)) for plan, k in drawn),
+            total_weight=sum(float(plan.weights[k].sum()) for plan, k in drawn),
+            total_tokens=sum(int(plan.tokens[k].sum()) for plan, k in drawn),
+            total_documents=sum(int(plan.counts(k).sum()) for plan, k in drawn),
             samples=range(start, start + count),
             state=state,
             notices=self._notices(before.tolist(), state["drawn"]),
@@ -245,14 +245,20 @@ class Loader:
         return notices
 
     def _batch(self, sources: NDArray[np.int64], packs: NDArray[np.int64]) -> Batch:
-        parts = [self.plans[s].parts(int(k)) for s, k in zip(sources, packs, strict=True)]
-        source_ids = np.repeat(sources, [len(p) for p in parts])
-        documents, begins, lengths = (
-            np.concatenate([getattr(self.plans[s], name)[p] for s, p in zip(sources, parts, strict=True)])
-            for name in ("documents", "begins", "lengths")
-        )
-        document_ids = source_ids << PART_BITS | np.concatenate(parts)
-        return self._gather(source_ids, documents, begins, lengths, document_ids, source_ids)
+        first, count = np.empty_like(packs), np.empty_like(packs)  # of each pack's entries among its plan's items
+        for s in (present := np.unique(sources)):
+            here, plan = sources == s, self.plans[s]
+            first[here], count[here] = plan.offsets[packs[here]], plan.counts(packs[here])
+        ends = np.cumsum(count)
+        entries = np.arange(ends[-1]) + np.repeat(first - ends + count, count)
+        source_ids = np.repeat(sources, count)
+        parts, documents, begins, lengths = (np.empty_like(entries) for _ in range(4))
+        for s in present:
+            here, plan = source_ids == s, self.plans[s]
+            parts[here] = of_source = plan.items[entries[here]]
+            for made, known in ((documents, plan.documents), (begins, plan.begins), (lengths, plan.lengths)):
+                made[here] = known[of_source]
+        return self._gather(source_ids, documents, begins, lengths, source_ids << PART_BITS | parts, source_ids)
 
 
 def _limit(source: Source, packs: int) -> int | None:

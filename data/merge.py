@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tokenmill.data.errors import DataError
-from tokenmill.data.report import joined
+from tokenmill.data.report import joined, rendering
 from tokenmill.data.shard import KINDS, BlockFile, shard_file
 from tokenmill.data.stream import TokenStream, read_manifest, sync, write_manifest
 from tokenmill.data.tokenizer import MODEL_FILE
@@ -58,6 +59,10 @@ def add_shards(folder: Path, manifest: dict[str, Any], others: Sequence[Path]) -
         theirs = read_manifest(other)
         if theirs.get("pairs") != manifest.get("pairs"):
             raise DataError(f"{other}: preference pairs and other documents do not go into one stream: keep both")
+        if chat := manifest.get("chat") or theirs.get("chat"):
+            if theirs.get("chat", chat) != chat:
+                raise DataError(f"{other}: {differ(theirs['chat'], chat)}")
+            manifest = {**manifest, "chat": chat}
         number = np.array([names.setdefault(name, len(names)) for name in theirs["sources"]], "<u4")
         for i, entry in enumerate(theirs["shards"]):
             paths = {kind: shard_file(folder, len(shards), kind) for kind in KINDS}
@@ -66,9 +71,9 @@ def add_shards(folder: Path, manifest: dict[str, Any], others: Sequence[Path]) -
                 if kind != "sources" or np.array_equal(number, np.arange(len(number))):
                     _link(shard_file(other, i, kind), path)
                 else:
-                    renumbered = BlockFile(path)
-                    renumbered.write(number[np.fromfile(shard_file(other, i, kind), "<u4")])
-                    entry = {**entry, "files": {**entry["files"], kind: renumbered.finish()}}
+                    with closing(BlockFile(path)) as renumbered:
+                        renumbered.write(number[np.fromfile(shard_file(other, i, kind), "<u4")])
+                        entry = {**entry, "files": {**entry["files"], kind: renumbered.finish()}}
             shards.append(entry)
         reports.append(theirs.get("report"))
     sync(folder)
@@ -87,6 +92,14 @@ def check_tokenizer(folder: Path, manifest: dict[str, Any], name: str, sha256: s
             f"{folder}: was made by tokenizer {theirs['name']!r} ({theirs['sha256'][:16]}), not by {name!r} "
             f"({sha256[:16]}): all of a stream is made by one"
         )
+
+
+def differ(theirs: Mapping[str, str], chat: Mapping[str, str]) -> str:
+    """What is wrong where conversations of two renderings meet."""
+    return (
+        f"conversations of {rendering(theirs)} do not go into one stream with those of {rendering(chat)}: keep both, "
+        "or prepare them with the same --template and --loss-on"
+    )
 
 
 def _link(source: Path, target: Path) -> None:

@@ -51,6 +51,10 @@ class Plan:
         """The parts in a pack, increasing."""
         return self.items[self.offsets[pack] : self.offsets[pack + 1]]
 
+    def counts(self, packs: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many parts each of some packs holds."""
+        return self.offsets[packs + 1] - self.offsets[packs]
+
     @staticmethod
     def make(
         stream: TokenStream, sequence_length: int, folder: str | Path | None = None, *, overlong: Overlong = "split"
@@ -136,8 +140,9 @@ def _load(home: Path, sequence_length: int, fingerprint: str) -> Plan | None:
             return None
         if any(_sha256(home / f"{name}.npy") != record["sha256"][name] for name in ARRAYS):
             return None
-        arrays = {name: np.load(home / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-    except (OSError, ValueError, KeyError, TypeError):
+        # Plain arrays over the maps: to index a memmap costs several times what it costs to index those.
+        arrays = {name: np.asarray(np.load(home / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return Plan(sequence_length, fingerprint, **arrays)
 

@@ -31,7 +31,7 @@ class Pair:
     def texts(self) -> list[str]:
         """The system prompt, if any, each turn of the prompt, and the answers."""
         system, turns = chat.parse(self.prompt)
-        return [text for text in (system, *(turn["content"] for turn in turns), self.chosen, self.rejected) if text]
+        return [text for text in (system, *(turn.text for turn in turns), self.chosen, self.rejected) if text]
 
 
 def is_pair(row: Mapping[str, Any]) -> bool:
@@ -53,7 +53,7 @@ def parse_pair(row: Mapping[str, Any]) -> Pair:
         prompt = before
     if not prompt:
         raise DataError("no prompt: expected 'prompt', or messages before the answer in 'chosen' and 'rejected'")
-    if chat.parse(prompt)[1][-1]["role"] != "user":
+    if chat.parse(prompt)[1][-1].role != "user":
         raise DataError("the prompt ends with an answer: its last message must be the user's")
     return Pair(prompt, chosen, rejected)
 

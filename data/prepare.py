@@ -19,19 +19,22 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from tokenmill.data.chat import LossOn
 from tokenmill.data.decontaminate import Evaluations
 from tokenmill.data.dedupe import Dedupe, SeenKeys
 from tokenmill.data.documents import PIECE, Input, Piece, find_inputs, pieces
 from tokenmill.data.encode import MIXED, Encoded, Encoder, encode
 from tokenmill.data.errors import DataError
+from tokenmill.data.merge import differ
 from tokenmill.data.report import EXAMPLES, Report
 from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer
 from tokenmill.data.writer import StreamWriter
 
-VERSION = 2  # of how documents are made and compared: work of another version is begun anew
+VERSION = 3  # of how documents are made and compared: work of another version is begun anew
 # That a row may have beside its text.
-COLUMNS = ("messages", "instruction", "input", "output", "system", "prompt", "question", "chosen", "rejected")
+COLUMNS = ("messages", "conversations", "instruction", "input", "output", "system", "history")
+COLUMNS += ("prompt", "question", "chosen", "rejected")
 EXCERPT = 40  # tokens of a duplicate that is shown
 
 
@@ -51,6 +54,7 @@ def prepare(
     text_key: str = "text",
     source_key: str | None = None,
     template: str = "auto",
+    loss_on: LossOn = "all",
     dedupe: Dedupe | None = None,
     decontaminate: Sequence[str | Path] = (),
     overwrite: bool = False,
@@ -62,10 +66,11 @@ def prepare(
     """Tokenise files, folders or patterns (see `find_inputs`) into the stream `output`, a folder that appears whole or
     not at all; with `append`, into new shards of the stream that is there.
 
-    A plain document is BOS, its text, EOS; a conversation is rendered with `template` (data/chat.py), and so is a
-    preference pair (data/preference.py), beside which a stream holds nothing else. Documents keep the order of the
-    inputs. `source_key` is the field of a row that names its source; None takes the name of the input. `dedupe` leaves
-    out what repeats an earlier document of these inputs (data/dedupe.py), `decontaminate` what shares text with
+    A plain document is BOS, its text, EOS; a conversation is rendered with `template`, with loss on all its answers or
+    on the last (data/chat.py); a preference pair, beside which a stream holds nothing else, is rendered with it too
+    (data/preference.py). A stream says how, and takes in none that are rendered otherwise. Documents keep the order of
+    the inputs. `source_key` is the field of a row that names its source; None takes the name of the input. `dedupe`
+    leaves out what repeats an earlier document of these inputs (data/dedupe.py), `decontaminate` what shares text with
     evaluation files (data/decontaminate.py); the stream's report (data/report.py) counts both.
 
     Called again after it was killed, with the same arguments and inputs, it goes on after the last finished shard.
@@ -82,8 +87,8 @@ def prepare(
             f"decontaminate: {evaluations.texts:,} texts are looked for; {evaluations.too_short:,} have too few words",
             file=sys.stderr,
         )
-    encoder = Encoder(tokenizer, text_key, source_key, template, dedupe, evaluations)
-    arguments = [VERSION, tokenizer.name, tokenizer.sha256, text_key, source_key, template, dedupe, shard_tokens]
+    encoder = Encoder(tokenizer, text_key, source_key, template, loss_on, dedupe, evaluations)
+    arguments = [VERSION, tokenizer.name, tokenizer.sha256, text_key, source_key, template, loss_on, dedupe]
     seen = SeenKeys()
     report = Report()
     place = Place(0, 0, 0)
@@ -96,7 +101,8 @@ def prepare(
             file.flush()
             os.fsync(file.fileno())
             new_keys.clear()
-            return {"place": place, "keys": file.tell(), "report": report.asdict(), "pairs": writer.pairs}
+            kinds = {"pairs": writer.pairs, "chat": writer.chat}
+            return {"place": place, "keys": file.tell(), "report": report.asdict(), **kinds}
 
     writer = StreamWriter(
         output,
@@ -104,7 +110,7 @@ def prepare(
         overwrite=overwrite,
         append=append,
         shard_tokens=shard_tokens,
-        job=_job(arguments, [*files, *evaluation_files]),
+        job=_job([*arguments, shard_tokens], [*files, *evaluation_files]),
         checkpoint=checkpoint,
     )
     total = sum(file.size for file in files)
@@ -114,7 +120,7 @@ def prepare(
     ):
         if writer.state is not None:
             place, report = Place(*writer.state["place"]), Report.load(writer.state["report"])
-            writer.pairs = writer.state["pairs"]
+            writer.pairs, writer.chat = writer.state["pairs"], writer.state["chat"]
             os.truncate(writer.partial / "keys", writer.state["keys"])
             seen.add(np.fromfile(writer.partial / "keys", np.uint64))
             bar.update(place.bytes)
@@ -133,6 +139,10 @@ def prepare(
                 if writer.pairs not in (None, encoded.pairs):
                     raise DataError(f"{encoded.places[0]}: {MIXED}")
                 writer.pairs = encoded.pairs
+            if encoded.chat is not None:
+                if writer.chat not in (None, encoded.chat):
+                    raise DataError(f"{encoded.places[0]}: {differ(encoded.chat, writer.chat)}")
+                writer.chat = encoded.chat
             documents = encoded.documents.kept(new)
             sizes = np.bincount(documents.source_ids, encoded.sizes[new], len(documents.sources))
             report.bytes.update(dict(zip(documents.sources, map(int, sizes), strict=True)))

@@ -67,6 +67,8 @@ def inspect(folder: str | Path) -> str:
     ]
     if stream.pairs:
         lines.append(_pairs(stream))
+    if chat := stream.manifest.get("chat"):
+        lines.append(f"conversations {rendering(chat)}")
     if report.bytes:
         size = report.bytes.total()
         lines.append(f"text          {size:,} bytes, {size / stream.tokens:.2f} a token")
@@ -98,6 +100,11 @@ def inspect(folder: str | Path) -> str:
     excerpt = Tokenizer.open(stream.folder).decode(stream.document(0)[:200])
     lines += ["first document", "  " + " ".join(excerpt.split())[:300]]
     return "\n".join(lines)
+
+
+def rendering(chat: Mapping[str, str]) -> str:
+    """How a stream's conversations were rendered, from its manifest."""
+    return f"template {chat['template']} and loss on {'every' if chat['loss_on'] == 'all' else 'the last'} answer"
 
 
 def _pairs(stream: TokenStream) -> str:

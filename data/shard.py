@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ class Shard:
     def open(folder: Path, index: int, entry: dict[str, Any], vocab_size: int, sources: int) -> Shard:
         """Map a shard of a stream that names so many `sources`.
 
-        Raises DataError, naming the file, where its sizes, boundaries or spans are not what its entry and the format
-        say; KeyError or TypeError where the entry lacks something.
+        Raises DataError, naming the file, where its sizes, boundaries or spans are not what its entry, which has the
+        form of one, and the format say.
         """
         documents, tokens, files = entry["documents"], entry["tokens"], entry["files"]
 
@@ -68,7 +69,8 @@ class Shard:
                 raise DataError(
                     f"{path}: {actual} bytes, expected {expected}: the file is truncated or changed; {AGAIN}"
                 )
-            return np.memmap(path, dtype, mode="r") if actual else np.empty(0, dtype)
+            # A plain array over the map: to index a memmap costs several times what it costs to index that.
+            return np.asarray(np.memmap(path, dtype, mode="r")) if actual else np.empty(0, dtype)
 
         shard = Shard(
             path=shard_file(folder, index, "tokens"),
@@ -79,6 +81,8 @@ class Shard:
             silent=map_file("silent", "<u8", 2 * entry["silent"]).reshape(-1, 2),
             sources=map_file("sources", "<u4", documents),
         )
+        if len(shard.crc32) != (blocks := -(-shard.tokens.nbytes // BLOCK)):
+            raise DataError(f"{shard.path}: has {blocks} blocks and {len(shard.crc32)} checksums; {AGAIN}")
         offsets, silent = shard.offsets, shard.silent
         ordered = documents > 0 and offsets[0] == 0 and offsets[-1] == tokens and np.all(offsets[1:] > offsets[:-1])
         if not ordered or np.diff(offsets).min() < 2:
@@ -208,6 +212,15 @@ class ShardWriter:
             file.close()
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the name of a file to what the system says went wrong with it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 class BlockFile:
     """A file being written, and what a shard's entry will say of it."""
 
@@ -227,12 +240,10 @@ class BlockFile:
         """Write what is left, wait until it is on the disk, and say what the file holds."""
         if self._pending:
             self._flush(len(self._pending))
-        try:
+        with naming(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
         return {"sha256": self._sha256.hexdigest(), "crc32": self._crc32}
 
     def close(self) -> None:
@@ -242,9 +253,7 @@ class BlockFile:
     def _flush(self, size: int) -> None:
         block = bytes(self._pending[:size])
         del self._pending[:size]
-        try:
+        with naming(self._path):
             self._file.write(block)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
         self._sha256.update(block)
         self._crc32.append(zlib.crc32(block))

@@ -18,12 +18,35 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tokenmill.data.errors import DataError
-from tokenmill.data.shard import AGAIN, KINDS, Shard, shard_file, token_dtype, verify_file
-from tokenmill.data.tokenizer import MODEL_FILE
+from tokenmill.data.shard import AGAIN, KINDS, Shard, naming, shard_file, token_dtype, verify_file
+from tokenmill.data.tokenizer import MODEL_FILE, Tokenizer
 
 MAGIC = "tokenmill token stream"
 VERSION = 1
 MANIFEST = "manifest.json"
+LARGEST = 1 << 30  # bytes of a file that is read at once: the manifest of a stream of 50 TB
+COUNT = range(1 << 63)
+# What a manifest holds, beside what only some streams have.
+FORM = {
+    "byte_order": str,
+    "dtype": str,
+    "tokenizer": {
+        "name": str,
+        "sha256": str,
+        "vocab_size": range(1, 1 << 31),  # batches hold ids as int32
+        "bos_id": range(1 << 31),
+        "eos_id": range(1 << 31),
+    },
+    "sources": [str],
+    "shards": [
+        {
+            "documents": COUNT,
+            "tokens": COUNT,
+            "silent": COUNT,
+            "files": {kind: {"sha256": str, "crc32": [range(1 << 32)]} for kind in KINDS},
+        }
+    ],
+}
 
 
 def fingerprint_of(manifest: dict[str, Any]) -> str:
@@ -33,22 +56,48 @@ def fingerprint_of(manifest: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of the stream in a folder. Raises DataError where there is none, it is of another version, or was
-    changed."""
+    """The manifest of the stream in a folder. Raises DataError where there is none, it is of another version, was
+    changed, or has not the form of one."""
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(f"{folder}: no token stream here ({MANIFEST} is missing): make one with `tokenmill prepare`")
+    if (size := path.stat().st_size) > LARGEST:
+        raise DataError(f"{path}: {size} bytes, expected at most {LARGEST}: the file is damaged; {AGAIN}")
     try:
         manifest = json.loads(path.read_bytes())
-    except ValueError as error:
+        whole = isinstance(manifest, dict) and manifest.get("fingerprint") == fingerprint_of(manifest)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}): the file is damaged; {AGAIN}") from None
     if not isinstance(manifest, dict) or manifest.get("magic") != MAGIC:
         raise DataError(f"{path}: not the manifest of a token stream (magic is not {MAGIC!r}); {AGAIN}")
     if manifest.get("version") != VERSION:
         raise DataError(f"{path}: version {manifest.get('version')!r}, expected {VERSION}; {AGAIN}")
-    if manifest.get("fingerprint") != fingerprint_of(manifest):
+    if not whole:
         raise DataError(f"{path}: does not match its own fingerprint: the file was changed or damaged; {AGAIN}")
+    if problem := _mismatch(manifest, FORM):
+        raise DataError(f"{path}: {problem.lstrip('.')}; {AGAIN}")
     return manifest
+
+
+def _mismatch(value: Any, form: Any) -> str | None:
+    """Where a value read from JSON is not of a form, and how; None where it is. A form is a type, a range of integers,
+    a list with the form of every item, or a dictionary with the forms of some keys."""
+    kind = int if isinstance(form, range) else form if isinstance(form, type) else type(form)
+    if type(value) is not kind:
+        return f" is of a wrong type, {type(value).__name__}: expected {kind.__name__}"
+    if isinstance(form, range) and value not in form:
+        return f" is out of range: expected {form.start} to {form.stop - 1}"
+    if isinstance(form, dict):
+        for key, inner in form.items():
+            if key not in value:
+                return f".{key} is missing"
+            if problem := _mismatch(value[key], inner):
+                return f".{key}{problem}"
+    if isinstance(form, list):
+        for i, item in enumerate(value):
+            if problem := _mismatch(item, form[0]):
+                return f"[{i}]{problem}"
+    return None
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -92,20 +141,17 @@ class TokenStream:
         folder = Path(folder)
         manifest = read_manifest(folder)
         path = folder / MANIFEST
-        try:
-            vocab_size = manifest["tokenizer"]["vocab_size"]
-            dtype = token_dtype(vocab_size)
-            if manifest["byte_order"] != "little" or manifest["dtype"] != dtype.name:
-                raise DataError(f"{path}: expected little-endian {dtype.name} tokens; {AGAIN}")
-            if not manifest["shards"]:
-                raise DataError(f"{path}: holds no shards; {AGAIN}")
-            shards = [
-                Shard.open(folder, i, entry, vocab_size, len(manifest["sources"]))
-                for i, entry in enumerate(manifest["shards"])
-            ]
-            return TokenStream(folder, manifest, shards)
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: is missing a field or has one of a wrong type ({error}); {AGAIN}") from None
+        vocab_size = manifest["tokenizer"]["vocab_size"]
+        dtype = token_dtype(vocab_size)
+        if manifest["byte_order"] != "little" or manifest["dtype"] != dtype.name:
+            raise DataError(f"{path}: expected little-endian {dtype.name} tokens; {AGAIN}")
+        if not manifest["shards"]:
+            raise DataError(f"{path}: holds no shards; {AGAIN}")
+        shards = [
+            Shard.open(folder, i, entry, vocab_size, len(manifest["sources"]))
+            for i, entry in enumerate(manifest["shards"])
+        ]
+        return TokenStream(folder, manifest, shards)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -150,8 +196,16 @@ class TokenStream:
                     f"{shard.path}: holds token {largest}, outside the vocabulary of {self.vocab_size}; {AGAIN}"
                 )
         model = self.folder / MODEL_FILE
-        if not model.is_file() or hashlib.sha256(model.read_bytes()).hexdigest() != self.tokenizer_sha256:
+        there = model.is_file() and model.stat().st_size <= LARGEST
+        if not there or hashlib.sha256(model.read_bytes()).hexdigest() != self.tokenizer_sha256:
             raise DataError(f"{model}: not the tokenizer that made this stream; {AGAIN}")
+        tokenizer = Tokenizer.open(self.folder)
+        for name in ("vocab_size", "bos_id", "eos_id"):
+            if getattr(self, name) != getattr(tokenizer, name):
+                raise DataError(
+                    f"{self.folder / MANIFEST}: tokenizer.{name} is {getattr(self, name)}, in {MODEL_FILE} it is "
+                    f"{getattr(tokenizer, name)}; {AGAIN}"
+                )
 
     def _locate(self, i: int) -> tuple[Shard, int, int]:
         if not 0 <= i < len(self):
@@ -164,13 +218,13 @@ def replace_synced(path: Path, content: bytes) -> None:
     """Write a file that appears, or replaces the one there, whole and on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    temporary.replace(path)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 

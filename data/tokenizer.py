@@ -24,7 +24,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,6 +38,11 @@ from tokenmill.data.errors import DataError
 
 MODEL_FILE = "tokenizer.model"
 SPACE = "\u2581"  # how sentencepiece writes a space
+
+# A model is a message of sentencepiece_model.proto. Fields put behind its others add pieces, and override.
+PIECES, TRAINER, NORMALIZER = 1, 2, 3
+CONTROL = b"\x18\x03"  # type of a piece
+ADD_NO_SPACE = b"\x18\x00"  # add_dummy_prefix = false, of the normalizer
 
 # Mistral's models by name, as the package mistral-common ships them.
 NAMED = {
@@ -102,9 +108,10 @@ class Tokenizer:
             return Tokenizer(path / MODEL_FILE, path.resolve().name)
         return Tokenizer(path, path.name)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without BOS and EOS. Raises DataError where the text is not valid Unicode."""
-        return self.encode_batch([text])[0].tolist()
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """The ids of a text, without BOS and EOS. `continues`: as what follows other text, so that a model which puts a
+        space in front of each text puts none here. Raises DataError where the text is not valid Unicode."""
+        return self._encode([text], *(self._continuing if continues else (self._processor, self._cache)))[0].tolist()
 
     def encode_batch(self, texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """The ids of texts, without BOS and EOS, laid end to end: text i is `ids[offsets[i]:offsets[i + 1]]`.
@@ -114,10 +121,24 @@ class Tokenizer:
 
         Raises DataError where a text is not valid Unicode.
         """
+        return self._encode(texts, self._processor, self._cache)
+
+    @cached_property
+    def _continuing(self) -> tuple[SentencePieceProcessor, _Cache | None]:
+        """Of the same model, but that it puts no space in front of a text."""
+        model = self.model + _field(NORMALIZER, ADD_NO_SPACE)
+        processor = SentencePieceProcessor()
+        processor.LoadFromSerializedProto(model)
+        return processor, _Cache.of(model, processor)
+
+    @staticmethod
+    def _encode(
+        texts: list[str], processor: SentencePieceProcessor, cache: _Cache | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         try:
-            if self._cache is not None:
-                return self._cache.encode(texts)
-            ids = [np.array(self._processor.encode(text.encode()), np.int32) for text in texts]
+            if cache is not None:
+                return cache.encode(texts)
+            ids = [np.array(processor.encode(text.encode()), np.int32) for text in texts]
         except UnicodeEncodeError as error:  # a lone surrogate, which JSON can smuggle in
             raise DataError(f"{error.object[:40]!r}: holds half of a surrogate pair, which is not text") from None
         return np.concatenate([np.zeros(0, np.int32), *ids]), np.cumsum([0, *map(len, ids)], dtype=np.int64)
@@ -130,6 +151,21 @@ class Tokenizer:
         """The id of a control piece such as `[INST]`, None where the model has no such control piece."""
         token = self._processor.piece_to_id(piece)
         return token if self._processor.is_control(token) else None
+
+    def with_control_pieces(self, pieces: Sequence[str]) -> bytes:
+        """The model's file with control pieces behind the others: ids from `vocab_size` on, in order. All texts keep
+        their ids.
+
+        Raises DataError where one is there already or twice, is shorter than 2 characters, or holds a space.
+        """
+        model = self.model
+        for i, piece in enumerate(pieces):
+            if len(piece) < 2 or SPACE in piece or any(map(str.isspace, piece)):  # of one character: see _Cache
+                raise DataError(f"{piece!r} cannot be a token: expected 2 characters or more without a space")
+            if piece in pieces[:i] or self._processor.id_to_piece(self._processor.piece_to_id(piece)) == piece:
+                raise DataError(f"{piece!r} is a piece of tokenizer {self.name!r} already: it cannot be added")
+            model += _field(PIECES, _field(1, piece.encode()) + CONTROL)
+        return model
 
 
 class _Cache:
@@ -146,11 +182,11 @@ class _Cache:
     @staticmethod
     def of(model: bytes, processor: SentencePieceProcessor) -> _Cache | None:
         """A cache for the model, None where it would not be exact."""
-        specs = {2: b"", 3: b""}  # trainer_spec and normalizer_spec of sentencepiece_model.proto
+        specs = {TRAINER: b"", NORMALIZER: b""}
         for number, value in _fields(model):
             if number in specs and isinstance(value, bytes):
                 specs[number] += value
-        trainer, normalizer = dict(_fields(specs[2])), dict(_fields(specs[3]))
+        trainer, normalizer = dict(_fields(specs[TRAINER])), dict(_fields(specs[NORMALIZER]))
         tokens = list(range(processor.vocab_size()))
         if (
             trainer.get(3, 1) != 2  # model_type: BPE
@@ -214,6 +250,15 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         size = varint() if key & 7 == 2 else 8 if key & 7 == 1 else 4
         at += size
         yield key >> 3, message[at - size : at]
+
+
+def _field(number: int, value: bytes) -> bytes:
+    """A field of a protobuf message, the opposite of `_fields`."""
+    size, head = len(value), bytearray([number << 3 | 2])
+    while size > 127:
+        head.append(size & 127 | 128)
+        size >>= 7
+    return bytes(head) + bytes([size]) + value
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | Path) -> Tokenizer:

@@ -65,6 +65,7 @@ class StreamWriter:
         self.done = False  # whether all was appended before, and only the end of the process was missing
         self.report: dict[str, Any] | None = None  # to be kept in the manifest
         self.pairs: bool | None = None  # whether the documents are preference pairs
+        self.chat: dict[str, str] | None = self._base and self._base.get("chat")  # how conversations are rendered
         self._stream = self.partial / "stream"
         self._progress = self.partial / "progress.json"
         self._tokenizer = tokenizer
@@ -84,7 +85,7 @@ class StreamWriter:
         except OSError:
             os.close(self._lock)
             raise DataError(f"{self.folder}: is being written by another process") from None
-        progress = json.loads(self._progress.read_bytes()) if self._progress.is_file() else {}
+        progress = self._load_progress()
         before = self._base and self._base["fingerprint"]
         self.done = before is not None and (progress.get("job"), progress.get("after")) == (self._job, before)
         if self.done:
@@ -174,7 +175,20 @@ class StreamWriter:
             "sources": list(self._sources),
             "state": self._checkpoint(),
         }
-        replace_synced(self._progress, json.dumps(progress).encode())
+        replace_synced(self._progress, json.dumps({**progress, "fingerprint": fingerprint_of(progress)}).encode())
+
+    def _load_progress(self) -> dict[str, Any]:
+        """What `_save_progress` saved; nothing where it did not, or the file is damaged."""
+        if not self._progress.is_file():
+            return {}
+        try:
+            progress = json.loads(self._progress.read_bytes())
+            if progress["fingerprint"] == fingerprint_of(progress):
+                return progress
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        print(f"{self._progress}: is damaged: the work begun is done anew", file=sys.stderr)
+        return {}
 
     def _finish(self) -> None:
         if self.done:
@@ -201,6 +215,8 @@ class StreamWriter:
         }
         if self.pairs:
             manifest["pairs"] = True
+        if self.chat is not None:
+            manifest["chat"] = self.chat
         if self.report is not None:
             manifest["report"] = self.report
         replace_synced(self._stream / MODEL_FILE, tokenizer.model)

@@ -12,7 +12,7 @@ ALLOWED = {
     "data": ["_C", "kernels.layout", "data"],
     "trainer/model": ["kernels", "trainer.model", "trainer.files"],
     "trainer/objectives": ["kernels", "data", "trainer.model", "trainer.config", "trainer.objectives"],
-    "trainer/evaluate": ["kernels", "data", "trainer.model", "trainer.evaluate"],
+    "trainer/evaluate": ["kernels", "data", "trainer.model", "trainer.distributed", "trainer.evaluate"],
     "trainer/cli.py": ["data", "trainer", "bench"],
     "trainer/__main__.py": ["trainer.cli"],
     "trainer/config.py": ["trainer.model.config"],

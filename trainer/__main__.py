@@ -1,8 +1,11 @@
-"""`torchrun ... -m tokenmill.trainer RECIPE.toml --section.key=value` is `tokenmill train`."""
+"""`torchrun ... -m tokenmill.trainer RECIPE.toml --section.key=value` is `tokenmill train`, and with `run` before a
+pipeline's file `tokenmill run`.
+"""
 
 import sys
 
 from tokenmill.trainer.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    arguments = sys.argv[1:]
+    sys.exit(main(arguments if arguments[:1] == ["run"] else ["train", *arguments]))

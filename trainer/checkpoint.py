@@ -1,8 +1,9 @@
 """Checkpoints: tensors in safetensors, the rest in JSON, whole or not at all. Loading one executes nothing of it.
 
 A checkpoint is a folder `step-00000100` with `checkpoint.json` (what it is, the model's shape, the training state,
-the recipe, size and CRC-32 of each file), the weights and the optimizer's moments by our parameters' names, and the
-tokenizer; how its files are laid out is in shards.py. An imported model is the same folder without an optimizer.
+the recipe, where it comes from (lineage.py), size and CRC-32 of each file), the weights and the optimizer's moments by
+our parameters' names, and the tokenizer; how its files are laid out is in shards.py. An imported model is the same
+folder without an optimizer.
 
 Of a model with adapters these alone are there, and where the frozen weights are, with their fingerprint.
 """
@@ -13,7 +14,7 @@ import dataclasses
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,10 @@ def save_checkpoint(
     recipe: Recipe | None = None,
     tokenizer_from: Path | None = None,
     base: Base | None = None,
+    lineage: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint that appears whole or not at all; every rank calls this and writes its own shard. `base`: the
-    frozen weights of a model with adapters.
+    frozen weights of a model with adapters; `lineage`: where the model comes from (lineage.py).
 
     Raises FileExistsError where `folder` is there, OSError naming the file that could not be written.
     """
@@ -99,6 +101,7 @@ def save_checkpoint(
                 "base": base and dataclasses.asdict(base),
                 "state": None if state is None else state.to_json(),
                 "recipe": None if recipe is None else dataclasses.asdict(recipe),
+                "lineage": lineage,
                 "files": facts,
             }
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -106,18 +109,25 @@ def save_checkpoint(
 
 
 def save_step(
-    run: Path, keep: int, model: Transformer, world: World, *, passed_over: Sequence[Path] = (), **parts: Any
+    run: Path,
+    keep: int,
+    model: Transformer,
+    world: World,
+    *,
+    always: Collection[int] = (),
+    passed_over: Sequence[Path] = (),
+    **parts: Any,
 ) -> Path:
-    """The checkpoint of a running job: `run/checkpoints/step-N`, of which the last `keep` stay. Those that were
-    `passed_over` when it was resumed go, once the new one is there.
+    """The checkpoint of a running job: `run/checkpoints/step-N`, of which the last `keep` stay, and those of the steps
+    `always`. Those that were `passed_over` when it was resumed go, once the new one is there.
     """
-    folder = run / "checkpoints" / _step_name(parts["state"].step)
+    folder = step_folder(run, parts["state"].step)
     if world.rank == 0 and folder.exists():  # one of the damaged
         shutil.rmtree(folder)
     save_checkpoint(folder, model, world, **parts)
     if world.rank == 0:
-        whole = [f for f in _steps(run) if f == folder or f not in passed_over]
-        for old in {*_steps(run)} - {*whole[-keep:]}:
+        whole = [f for f in step_folders(run) if f == folder or f not in passed_over]
+        for old in {*step_folders(run)} - {*whole[-keep:], *(f for f in whole if _step_of(f) in always)}:
             shutil.rmtree(old)
     return folder
 
@@ -125,9 +135,9 @@ def save_step(
 def latest_checkpoint(run: Path, world: World | None = None) -> Path | None:
     """The newest whole checkpoint of a run, the same on every rank; damaged ones are passed over with a warning."""
     world = world or World()
-    steps = _steps(run) if world.rank == 0 else []
+    steps = step_folders(run) if world.rank == 0 else []
     while (step := world.first(_step_of(steps.pop()) if steps else -1)) >= 0:
-        folder = run / "checkpoints" / _step_name(step)
+        folder = step_folder(run, step)
         try:
             verify(folder, world)
             return folder
@@ -138,25 +148,37 @@ def latest_checkpoint(run: Path, world: World | None = None) -> Path | None:
 
 def newer_checkpoints(run: Path, checkpoint: Path | None) -> list[Path]:
     """Those that `latest_checkpoint` passed over when it chose `checkpoint`."""
-    return [folder for folder in _steps(run) if checkpoint is None or folder > checkpoint]
+    return [folder for folder in step_folders(run) if checkpoint is None or folder > checkpoint]
 
 
 def resolve_model(path: str | Path, world: World | None = None) -> Path:
-    """The folder with the weights that `path` means: itself, or a run's newest checkpoint; verified, unless it is
-    Hugging Face's.
+    """`find_model`, verified, unless it is Hugging Face's; of a run the newest whole checkpoint.
 
     Raises ValueError where there is none, or it is damaged.
     """
-    folder = Path(path)
-    if (folder / "checkpoints").is_dir():
-        newest = latest_checkpoint(folder, world)
+    if (Path(path) / "checkpoints").is_dir():
+        newest = latest_checkpoint(Path(path), world)
         if newest is None:
-            raise ValueError(f"{folder}/checkpoints: holds no whole checkpoint")
+            raise ValueError(f"{path}/checkpoints: holds no whole checkpoint")
         return newest
-    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: expected a checkpoint ({MANIFEST}), a run's output or a Hugging Face folder")
+    folder = find_model(path)
     if (folder / MANIFEST).is_file():
         verify(folder, world)
+    return folder
+
+
+def find_model(path: str | Path) -> Path:
+    """The folder with the weights that `path` means: itself, or a run's newest checkpoint. They are not read.
+
+    Raises ValueError where there is none.
+    """
+    folder = Path(path)
+    if (folder / "checkpoints").is_dir():
+        if not (steps := step_folders(folder)):
+            raise ValueError(f"{folder}/checkpoints: holds no checkpoint")
+        return steps[-1]
+    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: expected a checkpoint ({MANIFEST}), a run's output or a Hugging Face folder")
     return folder
 
 
@@ -256,7 +278,23 @@ def load_training(
                 f"{folder}: its model has {key} = {stored!r}, the recipe's {value!r}; give the recipe another output"
             )
     check_adapter(folder, model.adapter, base)
+    shards.fill(folder, "model", manifest["ranks"], _trained(model))
+    _set_balance_bias(model, folder)
+    load_moments(folder, model, optimizer)
+    return TrainState.from_json(manifest["state"])
+
+
+def load_moments(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's moments, and the count of steps that they are corrected by, into `optimizer`.
+
+    Raises ValueError naming the file or tensor where they belong to other parameters, or to another kind of optimizer;
+    `optimizer` is then undefined.
+    """
+    manifest = read_manifest(folder)
+    if shard_name("optimizer", 0) not in manifest["files"]:
+        raise ValueError(f"{folder}: holds a model only, there are no moments of an optimizer")
     file = folder / shard_name("optimizer", 0)
+    adam = not isinstance(optimizer, torch.optim.RMSprop)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments: dict[str, Tensor] = {}
     with shards.open_shard(file) as shard:
@@ -264,23 +302,26 @@ def load_training(
             kind, _, name = key.partition("/")
             if name not in parameters:
                 raise ValueError(f"{file}: {key!r} belongs to no parameter of the model")
+            if kind != "step" and kind.startswith("exp_avg") != adam:
+                was, ours = ("rmsprop", "adamw") if adam else ("adamw", "rmsprop")
+                raise ValueError(
+                    f"{folder}: was written with optimizer.kind = {was}, the recipe's is {ours}; use the same, or "
+                    f"begin from its weights alone, in another output, with model.path = '{folder}'"
+                )
             if shard.get_slice(key).get_shape():
                 stored, ours = shard.get_slice(key)[:0].dtype, parameters[name].dtype
                 if stored != ours:
                     raise ValueError(
                         f"{folder}: was written with train.precision = {_PRECISIONS.get(stored, stored)} (its moments "
-                        f"are {stored}, the recipe's {ours}); resume with the same, or start another output from its "
-                        f"weights with model.path = '{folder}'"
+                        f"are {stored}, the recipe's {ours}); use the same, or begin from its weights alone, in "
+                        f"another output, with model.path = '{folder}'"
                     )
                 moments[key] = torch.zeros_like(parameters[name])
             else:  # a count of steps: torch's fused optimizer wants it beside the parameter, ours on the host
                 fused = optimizer.defaults.get("fused", False)
                 moments[key] = shard.get_tensor(key).to(parameters[name].device if fused else "cpu")
             optimizer.state[parameters[name]][kind] = moments[key]
-    shards.fill(folder, "model", manifest["ranks"], _trained(model))
-    _set_balance_bias(model, folder)
     shards.fill(folder, "optimizer", manifest["ranks"], {key: t.data for key, t in moments.items()})
-    return TrainState.from_json(manifest["state"])
 
 
 def _trained(model: Transformer) -> dict[str, Tensor]:
@@ -293,12 +334,14 @@ def _optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> 
     return {f"{key}/{name}": value for name, state in states.items() for key, value in state.items()}
 
 
-def _steps(run: Path) -> list[Path]:
+def step_folders(run: Path) -> list[Path]:
+    """A run's checkpoints, the newest last."""
     return sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8))
 
 
-def _step_name(step: int) -> str:
-    return f"step-{step:08d}"
+def step_folder(run: Path, step: int) -> Path:
+    """Where a run's checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def _step_of(folder: Path) -> int:

@@ -61,7 +61,8 @@ class TrainSection:
     deterministic: bool = False  # on a GPU: the same bits every time, slower in attention; a CPU always gives them
     validate_every: int | None = None  # steps; None: at the end only
     checkpoint_every: int | None = None  # steps; None: at the end only
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest ones
+    checkpoint_at: tuple[int, ...] = ()  # steps whose checkpoints are written and kept in any case
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class OptimizerSection:
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices; norms are left alone
     clip_norm: float = 1.0
+    moments: str | None = None  # a checkpoint, or a run's output, whose moments training begins with; None: zeros
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ class Recipe:
         for key in ("validate_every", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self.train, key)
             expect(value is None or value > 0, f"train.{key}", "a positive integer", value)
+        steps = self.train.checkpoint_at
+        expect(min(steps, default=1) > 0, "train.checkpoint_at", "steps from 1 on", steps)
         for key in ("learning_rate", "eps", "clip_norm"):
             expect(getattr(self.optimizer, key) > 0, f"optimizer.{key}", "> 0", getattr(self.optimizer, key))
         expect(self.optimizer.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.optimizer.weight_decay)
@@ -200,19 +204,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Relative paths in a recipe are relative to where the command runs, as on the command line.
     Raises ConfigError naming the file and the key.
     """
-    path = Path(path)
-    try:
-        raw = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    for override in overrides:
-        _apply(raw, override)
+    raw = read_toml(path, overrides)
     try:
         return build(Recipe, raw)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def read_toml(path: str | Path, overrides: Sequence[str] = (), *, kind: str = "recipe") -> dict[str, Any]:
+    """A file's tables with overrides applied. Raises ConfigError naming the file where there is none, or no TOML."""
+    try:
+        raw = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such {kind}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    for override in overrides:
+        _apply(raw, override)
+    return raw
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -277,7 +286,9 @@ def _value(hint: Any, raw: Any, where: str) -> Any:
             return None
         kinds = [a for a in args if a is not type(None)]
         listed = [a for a in kinds if (typing.get_origin(a) is tuple) == isinstance(raw, list)]
-        return _value((listed or kinds)[0], raw, where)
+        exact = [a for a in listed if a is type(raw)]
+        if exact or len(listed) < 2:
+            return _value((exact or listed or kinds)[0], raw, where)
     if origin is Literal and raw in args:
         return raw
     if origin is tuple and isinstance(raw, list):
@@ -303,5 +314,5 @@ def _describe(hint: Any) -> str:
         return f"a list of {' and '.join(_describe(a) for a in args if a is not Ellipsis)}"
     if dataclasses.is_dataclass(hint):
         return f"a section with {', '.join(f.name for f in dataclasses.fields(hint))}"
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "a section"}
     return names.get(hint, str(hint))

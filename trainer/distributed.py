@@ -71,7 +71,8 @@ class World:
 @contextmanager
 def join(device: str, *, sharded: bool = False) -> Iterator[World]:
     """Join the processes that `torchrun` started (without it: a world of one), and leave them at the end; after an
-    error, whose traceback then names the rank, without waiting for the others.
+    error, whose traceback then names the rank, without waiting for the others. Within another `join`, its group is
+    used: torchrun's store serves for one.
 
     `device`: auto (a GPU where there is one), cpu or cuda. `sharded` makes a mesh even of one process, for what only
     sharding offers. Raises ValueError where the device is not there.
@@ -84,12 +85,18 @@ def join(device: str, *, sharded: bool = False) -> Iterator[World]:
     if size == 1 and not sharded:
         yield World(rank, size, local, None)
         return
+    if dist.is_initialized():
+        yield World(rank, size, local, init_device_mesh(kind, (size,), mesh_dim_names=("shard",)))
+        return
     group: dict[str, Any] = dict(backend="gloo") if kind == "cpu" else dict(backend="nccl", device_id=local)
     if "RANK" not in os.environ:
         group |= dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(timeout=PATIENCE, **group)
     try:
         yield World(rank, size, local, init_device_mesh(kind, (size,), mesh_dim_names=("shard",)))
+    except SystemExit:  # all leave together
+        dist.destroy_process_group()
+        raise
     except BaseException as error:
         error.add_note(f"on rank {rank} of {size}")
         if size == 1:  # others may sit in a collective, for which NCCL would wait: leaving ends this process instead

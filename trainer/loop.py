@@ -18,15 +18,14 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from tokenmill.data.batch import Batch
-from tokenmill.data.loader import Loader, Source, sequential_batches
+from tokenmill.data.loader import sequential_batches
 from tokenmill.data.prefetch import Prefetch
-from tokenmill.data.stream import TokenStream
-from tokenmill.data.tokenizer import Tokenizer
 from tokenmill.trainer.adapters import Base
 from tokenmill.trainer.balance import updated_bias
 from tokenmill.trainer.checkpoint import (
     fill_model,
     latest_checkpoint,
+    load_moments,
     load_training,
     newer_checkpoints,
     read_config,
@@ -36,8 +35,9 @@ from tokenmill.trainer.checkpoint import (
 from tokenmill.trainer.config import Recipe
 from tokenmill.trainer.distributed import World, deal, join, shard
 from tokenmill.trainer.files import replace_file
+from tokenmill.trainer.lineage import lineage, now, parent, read_lineage
 from tokenmill.trainer.metrics import MetricsLog, Preference, StepRecord, exact_flops, peak_flops, peak_memory
-from tokenmill.trainer.model import Transformer, lora
+from tokenmill.trainer.model import ModelConfig, Transformer, lora
 from tokenmill.trainer.model.peft import load_peft
 from tokenmill.trainer.objectives import Dpo, Objective, Sft, pretrain
 from tokenmill.trainer.objectives.pretrain import StepContext, StepLoss
@@ -45,22 +45,25 @@ from tokenmill.trainer.optim import build_optimizer
 from tokenmill.trainer.preference import build_dpo, check_pairs, mean_preferences, unfold_step
 from tokenmill.trainer.schedule import learning_rate
 from tokenmill.trainer.state import TrainState
+from tokenmill.trainer.streams import check_streams, make_loader, open_streams, planned_steps
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # a scheduler's way to say: write a checkpoint and leave
 
 
-def train(recipe: Recipe, console: Literal["lines", "bar"] = "lines") -> Path:
+def train(recipe: Recipe, console: Literal["lines", "bar"] = "lines", *, last: bool = True) -> Path:
     """Run a recipe on the processes that `torchrun` started, this one alone without it; from where an earlier run of
     it stopped, if its output folder holds a checkpoint. Returns the last checkpoint.
 
     Raises ValueError where recipe, model and streams do not fit each other, and SystemExit with status 75 (sysexits.h:
-    try again) where SIGTERM or SIGUSR1 made it stop before the last step, so that no scheduler takes it for done.
+    try again) where SIGTERM or SIGUSR1 made it stop before the last step, so that no scheduler takes it for done; where
+    it is not the `last` of a pipeline's runs, also in its last step.
     """
     sharded = recipe.train.precision == "bf16-mixed"
     with _deterministic(recipe.train.deterministic), join(recipe.device, sharded=sharded) as world:
         trainer = Trainer(recipe, world, console)
         saved = trainer.train()
-    if trainer.state.step < trainer.steps:
+        unfinished = trainer.state.step < trainer.steps or (not last and world.any(trainer.requested))
+    if unfinished:
         raise SystemExit(os.EX_TEMPFAIL)
     return saved
 
@@ -88,13 +91,12 @@ class Trainer:
         self.recipe = recipe
         self.world = world
         self.output = Path(recipe.output)
-        self.sources = [Source(TokenStream.open(s.stream), s.weight, s.epochs) for s in recipe.data.sources]
-        self.validation = {Path(folder).name: TokenStream.open(folder) for folder in recipe.data.validation}
+        self.sources, self.validation = open_streams(recipe)
         source = None if recipe.model.path is None else resolve_model(recipe.model.path, world)
         self.base = Base.of(source, world) if recipe.adapter and source else None
         self.model = build_model(recipe, world, source)
         streams, held_out = [s.stream for s in self.sources], [*self.validation.values()]
-        self.tokenizer_from = check_streams(source, self.model, streams, self.validation)
+        self.tokenizer_from = check_streams(source, self.model.config, streams, self.validation)
         check_pairs(recipe, [*streams, *held_out])
         self.objective: Objective = Sft(recipe.seed) if recipe.objective == "sft" else pretrain
         self.held_out: list[Dpo] = []  # of each validation stream
@@ -107,23 +109,17 @@ class Trainer:
         self.state = TrainState()
         if self.checkpoint is not None:
             self.state = load_training(self.checkpoint, self.model, self.optimizer, self.base)
+        elif recipe.optimizer.moments is not None:
+            same = source if recipe.optimizer.moments == recipe.model.path else None  # which was verified already
+            load_moments(same or resolve_model(recipe.optimizer.moments, world), self.model, self.optimizer)
+        self.lineage = self._lineage(source)
         if self.state.expert_fractions is not None:
             self.state.expert_fractions = self.state.expert_fractions.to(world.device)
         self.state.balance_bias = self.model.balance_bias  # that of the checkpoint, or of the run it begins from
         if self.state.balance_bias is None and recipe.loss.balance_bias and self.model.config.moe:
             shape = self.model.config.n_layers, self.model.config.moe.n_experts
             self.state.balance_bias = torch.zeros(shape, device=world.device)
-        self.loader = Loader(
-            self.sources,
-            sequence_length=recipe.data.sequence_length,
-            packs_per_step=recipe.data.packs_per_step,
-            packs_per_micro_batch=recipe.data.packs_per_micro_batch,
-            seed=recipe.seed,
-            rank=world.rank,
-            world=world.size,
-            overlong=recipe.data.overlong,
-            pinned=world.device.type == "cuda",
-        )
+        self.loader = make_loader(recipe, self.sources, world)
         if self.state.data is not None:
             self.loader.load_state_dict(self.state.data)
         steps = map(unfold_step, self.loader) if recipe.objective == "dpo" else self.loader
@@ -152,7 +148,8 @@ class Trainer:
                 done = self.state.step == self.steps
                 if done or (every.validate_every and self.state.step % every.validate_every == 0):
                     self.validate()
-                if done or self.stopping or (every.checkpoint_every and self.state.step % every.checkpoint_every == 0):
+                due = every.checkpoint_every and self.state.step % every.checkpoint_every == 0
+                if done or self.stopping or due or self.state.step in every.checkpoint_at:
                     self.save()
             if self.stopping:
                 self.log.say(f"stopped at step {self.state.step} of {self.steps} on request, checkpoint written")
@@ -268,12 +265,14 @@ class Trainer:
             self.recipe.train.keep_checkpoints,
             self.model,
             self.world,
+            always=self.recipe.train.checkpoint_at,
             passed_over=self.passed_over,
             optimizer=self.optimizer,
             state=self.state,
             recipe=self.recipe,
             tokenizer_from=self.tokenizer_from,
             base=self.base,
+            lineage=self.lineage | {"date": now()},
         )
         self.passed_over = []  # they are gone; the next of their names is a good one
 
@@ -293,6 +292,16 @@ class Trainer:
 
     def _stop(self, number: int, frame: Any) -> None:
         self.requested = True
+
+    def _lineage(self, source: Path | None) -> dict[str, Any]:
+        """That of the checkpoints to come. What a resumed run began from is as its checkpoint says: it may have been
+        trained further since.
+        """
+        if self.checkpoint is not None:
+            parents = read_lineage(self.checkpoint).get("parents", [])
+        else:
+            parents = [] if source is None else [parent(self.base or Base.of(source, self.world))]
+        return lineage(parents, [s.stream for s in self.sources]) if self.world.rank == 0 else {}
 
     def _adapters(self) -> list[str]:
         """A line about them, if there are any."""
@@ -350,15 +359,7 @@ def build_model(recipe: Recipe, world: World, source: Path | None) -> Transforme
     """
     config = recipe.model.new if source is None else read_config(source)
     assert config is not None
-    kernels = recipe.kernels
-    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    computed = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
-    # What is frozen is kept as it is computed with: nothing is ever added to it.
-    kept = dtype if recipe.adapter is None else computed
-    with torch.device("meta"):
-        model = Transformer(config, attention=kernels.attention, moe=kernels.moe, device=world.device, dtype=kept)
-        if recipe.adapter is not None:
-            lora.attach(model, recipe.adapter, dtype)
+    model = empty_model(recipe, config, world.device)
     model.set_recompute(recipe.train.recompute)
     shard(model, world, recipe.train.precision)
     model.to_empty(device=world.device)
@@ -373,48 +374,18 @@ def build_model(recipe: Recipe, world: World, source: Path | None) -> Transforme
     return model
 
 
-def check_streams(
-    folder: Path | None, model: Transformer, sources: list[TokenStream], validation: dict[str, TokenStream]
-) -> Path:
-    """That streams and the model, which comes from `folder`, speak the same tokens; the folder that holds their
-    tokenizer.
+def empty_model(recipe: Recipe, config: ModelConfig, device: torch.device) -> Transformer:
+    """The recipe's model of the shape `config`, with its adapters, on the meta device: it is all there but its numbers.
 
-    Raises ValueError naming the stream, where its vocabulary does not fit the model's or its tokenizer is another.
+    Raises ValueError where `device` lacks the kernels that the recipe asks for, or the adapters do not fit.
     """
-    for stream in [*sources, *validation.values()]:
-        if stream.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"{stream.folder}: its tokenizer has {stream.vocab_size} pieces, the model's vocabulary only "
-                f"{model.config.vocab_size}; prepare it with the model's tokenizer"
-            )
-    if folder is None or not (folder / "tokenizer.model").is_file():
-        folder = sources[0].folder
-    expected = Tokenizer.open(folder).sha256
-    for stream in [*sources, *validation.values()]:
-        if stream.tokenizer_sha256 != expected:
-            raise ValueError(
-                f"{stream.folder}: was prepared with another tokenizer (sha256 {stream.tokenizer_sha256[:12]}) than "
-                f"{folder / 'tokenizer.model'} ({expected[:12]}); prepare it with that one"
-            )
-    return folder
-
-
-def planned_steps(recipe: Recipe, loader: Loader) -> int:
-    """Optimizer steps of a run, from whichever way the recipe gives its length.
-
-    Raises ValueError where the sources run out before.
-    """
-    train, data = recipe.train, recipe.data
-    if train.steps is not None:
-        steps = train.steps
-    elif train.tokens is not None:
-        steps = math.ceil(train.tokens / (data.packs_per_step * data.sequence_length))
-    else:
-        assert train.epochs is not None
-        steps = max(1, math.ceil(train.epochs * loader.packs_per_epoch / data.packs_per_step))
-    if loader.steps is not None and steps > loader.steps:
-        raise ValueError(
-            f"train: {steps:,} steps, but with their epochs the sources last for {loader.steps:,}: train for fewer, or "
-            "give a source more epochs, or none, to let it begin again"
-        )
-    return steps
+    kernels = recipe.kernels
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    computed = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
+    # What is frozen is kept as it is computed with: nothing is ever added to it.
+    kept = dtype if recipe.adapter is None else computed
+    with torch.device("meta"):
+        model = Transformer(config, attention=kernels.attention, moe=kernels.moe, device=device, dtype=kept)
+        if recipe.adapter is not None:
+            lora.attach(model, recipe.adapter, dtype)
+    return model

@@ -95,8 +95,10 @@ def _plan(layout: Layout, window: int | None, dtype: torch.dtype) -> _Plan:
     placed = 1
     for group in _groups(list(_tiles(layout, window))):
         _, rows, spans, query, key = torch.tensor(group).unbind(1)
-        # In whole vectors of the kernel: odd sizes are slower than their padding.
-        row, column = (torch.arange(-(-int(size.max()) // 16) * 16) for size in (rows, spans))
+        # In whole vectors of the kernel: odd sizes are slower than their padding, but for the one query of generation.
+        row, column = (
+            torch.arange(-(-most // 16) * 16 if most > 1 else 1) for most in (int(rows.max()), int(spans.max()))
+        )
         real = row < rows[:, None]
         query_rows = query[:, None] + torch.minimum(row, rows[:, None] - 1)
         where[query_rows[real]] = placed + real.flatten().nonzero()[:, 0]

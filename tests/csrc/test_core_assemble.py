@@ -20,17 +20,18 @@ def spans_of(mask: np.ndarray) -> np.ndarray:
 
 
 def assemble(tokens, silent, shard, start, length):
-    """The rows that _C.assemble fills: tokens, targets, weights, positions and cu_seqlens."""
+    """The rows that _C.assemble fills: tokens, targets, weights, positions, target rows and cu_seqlens."""
     total = int(np.clip(np.sum(np.asarray(length, np.float64)), 0, 10**6))
-    rows: list[Any] = [np.full(total, 77, dtype) for dtype in (np.int32, np.int64, np.float32, np.int32)]
+    rows: list[Any] = [np.full(total, 77, dtype) for dtype in (np.int32, np.int64, np.float32, np.int32, np.int32)]
     rows.append(np.full(len(length) + 1, 77, np.int32))
-    _C.assemble(tokens, silent, shard, start, length, *rows)
+    count = _C.assemble(tokens, silent, shard, start, length, *rows)
+    rows[4] = rows[4][:count]
     return rows
 
 
 def check(shards: list[np.ndarray], masks: list[np.ndarray], parts: list[tuple[int, int, int]]) -> None:
     shard, start, length = (np.array(column, np.int64) for column in zip(*parts, strict=True))
-    tokens, targets, weights, positions, cu_seqlens = assemble(
+    tokens, targets, weights, positions, target_rows, cu_seqlens = assemble(
         shards, [spans_of(mask) for mask in masks], shard, start, length
     )
     expected = Batch.from_documents(
@@ -41,6 +42,7 @@ def check(shards: list[np.ndarray], masks: list[np.ndarray], parts: list[tuple[i
         (targets, expected.targets),
         (weights, expected.weights),
         (positions, expected.layout.positions),
+        (target_rows, expected.target_rows),
         (cu_seqlens, expected.layout.cu_seqlens),
     ):
         assert torch.from_numpy(got).dtype == want.dtype
@@ -120,12 +122,13 @@ def test_one_array_of_spans_a_shard():
         assemble(SHARDS[0], [np.zeros(3, np.uint64)], [0], [0], [1])
 
 
-@pytest.mark.parametrize("row", range(5))
+@pytest.mark.parametrize("row", range(6))
 def test_rows_of_another_size_or_type_are_not_written(row):
     good: list[Any] = [
         np.zeros(4, np.int32),
         np.zeros(4, np.int64),
         np.zeros(4, np.float32),
+        np.zeros(4, np.int32),
         np.zeros(4, np.int32),
         np.zeros(2, np.int32),
     ]

@@ -9,16 +9,19 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tokenmill.data import documents
 from tokenmill.data import prepare as preparing
-from tokenmill.data.chat import alpaca_messages, render
+from tokenmill.data.chat import LossOn, alpaca_messages, render
 from tokenmill.data.documents import read_texts
 from tokenmill.data.encode import encode
 from tokenmill.data.errors import DataError
+from tokenmill.data.merge import merge
 from tokenmill.data.prepare import prepare
 from tokenmill.data.report import inspect
 from tokenmill.data.stream import TokenStream
@@ -82,6 +85,48 @@ def test_same_input_same_bytes(tmp_path, small):
         assert path.read_bytes() == (tmp_path / "y" / path.name).read_bytes()
 
 
+def test_rows_of_chats(tmp_path, small):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}] * 2
+    history = {"instruction": "Hi", "output": "Hello.", "history": [["Hi", "Hello."]]}
+    rows = [{"conversations": turns}, {"messages": MESSAGES * 2}, history]
+    write_rows(tmp_path / "a.jsonl", rows)
+    columns = [key for row in rows for key in row]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([dict.fromkeys(columns) | row for row in rows]), tmp_path / "b.parquet"
+    )
+    for loss_on in get_args(LossOn):
+        stream = prepare([tmp_path / "a.jsonl", tmp_path / "b.parquet"], small, tmp_path / loss_on, loss_on=loss_on)
+        ids, mask = render(MESSAGES * 2, small, "mistral-v1", loss_on)
+        assert [stream.document(i).tolist() for i in range(6)] == [ids] * 6
+        assert [stream.loss_mask(i).tolist() for i in range(6)] == [mask] * 6
+        assert stream.manifest["chat"] == {"template": "mistral-v1", "loss_on": loss_on}
+    assert "conversations template mistral-v1 and loss on the last answer" in inspect(tmp_path / "last")
+
+
+def test_conversations_rendered_otherwise_do_not_mix(tmp_path, small):
+    write_rows(tmp_path / "chat.jsonl", [{"messages": MESSAGES}])
+    write_rows(tmp_path / "text.jsonl", [{"text": "A fever."}])
+    chat, text = [tmp_path / "chat.jsonl"], [tmp_path / "text.jsonl"]
+    prepare(chat, small, tmp_path / "all")
+    prepare(chat, small, tmp_path / "last", loss_on="last")
+    before = files_of(tmp_path / "all")
+    for other in (dict[str, Any](loss_on="last"), dict[str, Any](template="alpaca")):
+        with pytest.raises(DataError, match=r"chat\.jsonl:1: conversations of .* do not go into one stream with those"):
+            prepare(chat, small, tmp_path / "all", append=True, **other)
+        assert files_of(tmp_path / "all") == before
+    with pytest.raises(DataError, match=r"last: conversations of template mistral-v1 and loss on the last answer do"):
+        merge([tmp_path / "all", tmp_path / "last"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    prepare(text, small, tmp_path / "text")
+    assert "chat" not in TokenStream.open(tmp_path / "text").manifest
+    for streams in (["text", "last"], ["last", "text"]):
+        merged = merge([tmp_path / name for name in streams], tmp_path / "-".join(streams))
+        assert merged.manifest["chat"]["loss_on"] == "last"
+    prepare(text, small, tmp_path / "all", append=True, loss_on="last")  # no conversation in it
+    again = prepare(chat, small, tmp_path / "all", append=True, template="mistral-v1")
+    assert (len(again), again.manifest["chat"]["loss_on"]) == (3, "all")
+
+
 def test_progress_goes_to_stderr(tmp_path, small, capfd):
     write_rows(tmp_path / "a.jsonl", [{"text": "One."}])
     prepare([tmp_path / "a.jsonl"], small, tmp_path / "out", progress=True)
@@ -100,6 +145,8 @@ BAD_ROWS = [
     (b'{"text": "\\ud800"}\n', r"a\.jsonl:1: .* half of a surrogate pair"),
     (b'{"text": "\xff"}\n', r"a\.jsonl:1: not UTF-8"),
     (b'{"messages": []}\n', r"a\.jsonl:1: the conversation has no user's message"),
+    (b'{"conversations": [{"from": "human", "value": "a"}]}\n', r"a\.jsonl:1: the conversation ends with a user's"),
+    (b'{"conversations": [{"from": "tool", "value": "a"}]}\n', r"a\.jsonl:1: message 0 is from 'tool', expected"),
     (b'{"instruction": "a", "output": ""}\n', r"a\.jsonl:1: 'output' is empty"),
     (b"", r"a\.jsonl: is empty"),
     (b"\n", r"out: no documents to write: the corpus is empty"),
@@ -326,7 +373,8 @@ def test_killed_at_any_moment(tmp_path, small, mode):
     assert done.stderr.count("going on after") > 20
 
 
-def test_changed_inputs_are_begun_anew(tmp_path, small, small_pieces, monkeypatch, capfd):
+@pytest.mark.parametrize("changed", ["an input", "an argument"])
+def test_changed_work_is_begun_anew(tmp_path, small, small_pieces, monkeypatch, capfd, changed):
     inputs = corpus(tmp_path / "in")
     monkeypatch.setattr(preparing, "encode", lambda *arguments: interrupted(encode(*arguments)))
 
@@ -341,10 +389,14 @@ def test_changed_inputs_are_begun_anew(tmp_path, small, small_pieces, monkeypatc
         prepare(inputs, small, tmp_path / "out", **arguments)
     assert (tmp_path / ".out.partial").is_dir()
     monkeypatch.undo()
-    write_rows(tmp_path / "in" / "notes.jsonl", [{"text": "Other.", "from": "a"}])
+    if changed == "an input":
+        write_rows(tmp_path / "in" / "notes.jsonl", [{"text": "Other.", "from": "a"}])
+    else:
+        arguments["loss_on"] = "last"
     again = prepare(inputs, small, tmp_path / "out", **arguments)
     assert "not those of the work begun" in capfd.readouterr().err
-    assert again.document(0).tolist() == plain(small, "Other.")
+    if changed == "an input":
+        assert again.document(0).tolist() == plain(small, "Other.")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["exam.jsonl", "in", "out"]
 
 

@@ -162,6 +162,53 @@ def test_models_that_must_not_be_cached(trained, tmp_path, fields):
     check_batch(odd, SentencePieceProcessor(model_proto=model), HARD)
 
 
+@pytest.mark.parametrize("name", ["fallback", "no prefix", "unigram"])
+def test_text_that_goes_on(trained, name):
+    """What is behind a line break, which joins with nothing."""
+    tokenizer, reference = trained(name)
+    line = reference.encode("\n")
+    for text in HARD + list(topics.topics.values())[::20]:
+        if name == "unigram" and text.startswith(("\n", " ", "\t")):
+            continue  # its normalisation takes what is at the beginning
+        ids = tokenizer.encode(text, continues=True)
+        assert [*line, *ids] == reference.encode("\n" + text)
+    assert tokenizer.encode("fever") == reference.encode("fever")
+
+
+def test_control_pieces_behind_the_others(trained, tmp_path):
+    tokenizer, _ = trained("fallback")
+    long = f"<|{'x' * 200}|>"
+    (tmp_path / "more.model").write_bytes(tokenizer.with_control_pieces(["<|im_start|>", "<é>", long]))
+    more = Tokenizer.open(tmp_path / "more.model")
+    reference = SentencePieceProcessor(model_file=str(more.path))
+    first = tokenizer.vocab_size
+    assert more.vocab_size == first + 3
+    assert [more.control_id(piece) for piece in ("<|im_start|>", "<é>", long)] == [first, first + 1, first + 2]
+    assert more._cache is not None
+    texts = [*HARD, "<|im_start|>user", f"<é>{long}<|im_start|>", *list(topics.topics.values())[::20]]
+    check_batch(more, reference, texts)
+    assert [more.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
+    assert more.decode([first, *tokenizer.encode("a fever"), first + 2]) == "a fever"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        (["<a>", "<a>"], "'<a>' is a piece of tokenizer 'tokenizer.model' already"),
+        (["</s>"], "'</s>' is a piece"),
+        (["<0x0A>"], "'<0x0A>' is a piece"),
+        (["<unk>"], "'<unk>' is a piece"),
+        ([""], "'' cannot be a token"),
+        (["x"], "'x' cannot be a token: expected 2 characters or more without a space"),
+        (["a b"], "'a b' cannot be a token"),
+        (["a\u2581b"], "cannot be a token"),
+    ],
+)
+def test_control_pieces_that_cannot_be(small, pieces, message):
+    with pytest.raises(DataError, match=message):
+        small.with_control_pieces(pieces)
+
+
 def test_pickled_by_path(small):
     again = pickle.loads(pickle.dumps(small))
     assert (again.path, again.name, again.sha256) == (small.path, small.name, small.sha256)

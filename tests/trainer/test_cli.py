@@ -119,6 +119,16 @@ WRONG = {
     "missing config": (lambda t: hugging_face(t, "config.json"), "import {t}/hf {t}/x", "expected a checkpoint"),
     "no model": (None, "export {t} {t}/x", "expected a checkpoint"),
     "no questions": (None, "eval {t} {t}/q.jsonl", "expected a checkpoint"),
+    "no seed tasks": (
+        None,
+        "instruct {t}/no.jsonl --output {t}/x.jsonl --endpoint http://127.0.0.1:1/v1 --model m",
+        "no.jsonl: no such file",
+    ),
+    "no server": (
+        None,
+        "rewrite {t}/notes.jsonl --output {t}/x.jsonl --endpoint http://127.0.0.1:1/v1 --model m",
+        "http://127.0.0.1:1/v1/chat/completions: cannot be reached",
+    ),
 }  # fmt: skip
 
 

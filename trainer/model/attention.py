@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from tokenmill.kernels.attention import Backend, attention
 from tokenmill.kernels.layout import Layout
 from tokenmill.kernels.rotary import apply_rotary
+from tokenmill.trainer.model.cache import LayerCache
 from tokenmill.trainer.model.config import ModelConfig
 from tokenmill.trainer.model.linear import Linear
 
@@ -22,8 +23,10 @@ class Attention(nn.Module):
         self.qkv = Linear(config.dim, sum(self.heads) * self.head_dim)  # one product for the three
         self.out = Linear(config.n_heads * self.head_dim, config.dim)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """x (T, D) -> (T, D)."""
         q, k, v = self.qkv(x).view(x.shape[0], -1, self.head_dim).split(self.heads, dim=1)
         q, k = apply_rotary(q, k, layout, self.theta)
+        if cache is not None:
+            k, v = cache.update(k, v)
         return self.out(attention(q, k, v, layout, self.window, self.backend or "auto").flatten(1))

@@ -18,6 +18,7 @@ from tokenmill.kernels.rms_norm import rms_norm
 from tokenmill.kernels.swiglu import swiglu
 from tokenmill.trainer.model import recompute
 from tokenmill.trainer.model.attention import Attention
+from tokenmill.trainer.model.cache import Cache, LayerCache
 from tokenmill.trainer.model.config import AdapterConfig, ModelConfig
 from tokenmill.trainer.model.linear import Linear
 from tokenmill.trainer.model.moe import MoELayer
@@ -80,16 +81,16 @@ class TransformerBlock(nn.Module):
         self.quantised = False  # whether some of its weights are `NF4Weight`s
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, layout: Layout
+        self, x: Tensor, residual: Tensor | None, layout: Layout, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor, moe_kernels.Routing | None]:
         with saved_in_4_bits() if self.quantised and self.recompute == "none" else nullcontext():
-            return recompute.run(self.recompute, self._forward, x, residual, layout)
+            return recompute.run(self.recompute, self._forward, x, residual, layout, cache)
 
     def _forward(
-        self, x: Tensor, residual: Tensor | None, layout: Layout
+        self, x: Tensor, residual: Tensor | None, layout: Layout, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, moe_kernels.Routing | None]:
         x, stream = self.attention_norm(x, residual)
-        x, stream = self.feed_forward_norm(self.attention(x, layout), stream)
+        x, stream = self.feed_forward_norm(self.attention(x, layout, cache), stream)
         if isinstance(self.feed_forward, MoELayer):
             x, routing = self.feed_forward(x, layout)
             return x, stream, routing
@@ -215,13 +216,15 @@ class Transformer(nn.Module):
             whole = torch.empty(parameter.shape).normal_(std=std, generator=generator).view(-1, parameter.shape[-1])
             local.copy_(whole[first : first + local.shape[0]])
 
-    def forward(self, tokens: Tensor, layout: Layout, *, noise: Noise | None = None) -> ModelOutput:
+    def forward(
+        self, tokens: Tensor, layout: Layout, *, noise: Noise | None = None, cache: Cache | None = None
+    ) -> ModelOutput:
         """tokens (T,) laid out by `layout` -> hidden (T, D) and each layer's routing. `noise`: NEFTune's, added in
-        training only."""
+        training only. `cache`: in generation, earlier tokens' keys, and room for these; `layout` is what it gave."""
         x: Tensor = self.embed(tokens, layout, noise if self.training else None)
         residual, routings = None, []
-        for block in self.blocks:
-            x, residual, routing = block(x, residual, layout)
+        for number, block in enumerate(self.blocks):
+            x, residual, routing = block(x, residual, layout, None if cache is None else cache.layer(number))
             if routing is not None:
                 routings.append(routing)
         hidden, _ = self.norm(x, residual)
