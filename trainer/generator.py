@@ -34,10 +34,10 @@ class CheckpointGenerator:
         self._pending.append(request)
 
     def collect(self) -> list[tuple[Request, Answer]]:
-        """All of them. What is drawn is drawn with the request's own seed, so such answers are computed one by one."""
+        """All of them. What is drawn for a request depends on its own seed alone, not on what it is computed with."""
         pending, self._pending = self._pending, []
         found: list[tuple[Request, Answer]] = []
-        for (max_tokens, temperature, seed), group in groupby(pending, _alike):
+        for (max_tokens, temperature), group in groupby(pending, lambda r: (r.max_tokens, r.temperature)):
             prompts: list[tuple[Request, list[int]]] = []
             for request in group:
                 ids = chat.prompt(request.messages, self._tokenizer, self._template)
@@ -51,13 +51,9 @@ class CheckpointGenerator:
                 [ids for _, ids in prompts],
                 max_new_tokens=max_tokens,
                 stop=self._stop,
-                sampling=Sampling(temperature, seed=seed),
+                sampling=Sampling(temperature),
+                numbers=[request.seed for request, _ in prompts],
             )
             for (request, _), (ids,) in zip(prompts, answers, strict=True):
                 found.append((request, Answer(self._tokenizer.decode(ids), whole=len(ids) < max_tokens)))
         return found
-
-
-def _alike(request: Request) -> tuple[int, float, int]:
-    """What requests have in common that are computed together."""
-    return request.max_tokens, request.temperature, request.seed if request.temperature else 0

@@ -103,9 +103,12 @@ def inspect(folder: Path) -> str:
 def _told(model: dict[str, Any], indent: str) -> list[str]:
     """What is known of a model and, further in, of those before it."""
     lines = []
-    if model.get("step") is not None:
+    if model.get("step"):
         objective = (model.get("recipe") or {}).get("objective")
         lines.append(f"trained       {objective}, {model['step']:,} steps, {model['tokens']:,} tokens")
+    if merge := model.get("merge"):
+        settings = [f"{key} {value}" for key, value in merge.items() if value is not None]
+        lines.append(f"merged        {', '.join(settings)}")
     lines += [f"data          {stream['path']} ({stream['fingerprint'][:12]})" for stream in model.get("data") or []]
     if versions := model.get("versions"):
         written = ", ".join(f"{name} {number}" for name, number in versions.items() if number)

@@ -45,7 +45,7 @@ from tokenmill.trainer.files import replace_folder
 from tokenmill.trainer.lineage import lineage, parent
 from tokenmill.trainer.model import ModelConfig, Transformer
 from tokenmill.trainer.model.rows import local_rows
-from tokenmill.trainer.model.weights import TOKENIZER_FILES, Rows, _slices, copy_tokenizer, layout_of
+from tokenmill.trainer.model.weights import TOKENIZER_FILES, Rows, copy_tokenizer, layout_of, slices
 from tokenmill.trainer.shards import FORMAT, MANIFEST, read_manifest, shard_name
 
 Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
@@ -217,7 +217,7 @@ class Source:
             self._slices = {name: [file.get_slice(name) for file in files] for name in self.shapes}
         else:
             self._where = {name: Rows(name, 0, rows.shape) for name, rows in self._where.items()}
-            self._slices = {name: [part] for _, name, part in _slices(self.folder) if name in self._where}
+            self._slices = {name: [part] for _, name, part in slices(self.folder) if name in self._where}
         dtypes = {part[:0].dtype for parts in self._slices.values() for part in parts}
         self.dtype = functools.reduce(torch.promote_types, dtypes)
 

@@ -16,6 +16,7 @@ from test_distributed import ENVIRONMENT
 from tokenmill.trainer import loop
 from tokenmill.trainer.balance import PATIENCE, Watch, updated_bias
 from tokenmill.trainer.checkpoint import load_model
+from tokenmill.trainer.cli import main
 from tokenmill.trainer.config import LogSection
 from tokenmill.trainer.distributed import World
 from tokenmill.trainer.metrics import MetricsLog, StepRecord
@@ -115,6 +116,10 @@ def test_a_bias_evens_loads_out_and_stays_with_the_model(make_recipe, tmp_path):
     assert model.balance_bias.any()
     with pytest.warns(UserWarning, match=r"no place for the bias .*loss\.balance_bias"):
         save_hf(model, tmp_path / "hf")
+    assert main(["import", str(tmp_path / "0.002"), str(tmp_path / "imported")]) == 0
+    imported = load_model(tmp_path / "imported").balance_bias
+    assert imported is not None
+    assert torch.equal(imported, model.balance_bias)
     tuned = replace(make_recipe(), model=replace(make_recipe().model, new=None, path=str(tmp_path / "0.002")))
     trainer = loop.Trainer(tuned, World())
     trainer.log.close()

@@ -71,17 +71,19 @@ def generate(
     sampling: Sampling = GREEDY,
     samples: int = 1,
     tokens_per_batch: int = 8192,
+    numbers: Sequence[int] | None = None,
     progress: bool = False,
 ) -> list[list[list[int]]]:
     """The tokens that follow each prompt, `samples` times: [prompt][sample] -> ids, up to but without a stop id.
 
     At most `tokens_per_batch` tokens of prompts are computed at once, and at most as many keys a layer are cached; a
-    prompt that needs more, with all its samples, is computed when it fits in alone. Waits for the device once a token.
+    prompt that needs more, with all its samples, is computed when it fits in alone. `numbers` are what the prompts are
+    called in random numbers, None: 0, 1, ... Waits for the device once a token.
 
     Raises ValueError where a prompt is empty, holds an id that is not in the vocabulary or, with the new tokens,
     exceeds the model's positions; and where logits are not finite.
     """
-    options = dict(max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, samples=samples)
+    options = dict(max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, samples=samples, numbers=numbers)
     steps = []
     with tqdm(total=len(prompts) * samples, desc="generate", unit="answer", disable=not progress) as bar:
         for step in stream(model, prompts, **options, tokens_per_batch=tokens_per_batch):  # type: ignore[arg-type]
@@ -104,6 +106,7 @@ def stream(
     sampling: Sampling = GREEDY,
     samples: int = 1,
     tokens_per_batch: int = 8192,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[Step]:
     """The same, as it comes: a `Step` a pass."""
     for name, value in dict(max_new_tokens=max_new_tokens, samples=samples, tokens_per_batch=tokens_per_batch).items():
@@ -112,7 +115,10 @@ def stream(
     ids = [np.asarray(prompt, np.int64) for prompt in prompts]
     for i, prompt in enumerate(ids):
         _check(model, i, prompt, max_new_tokens)
-    return _steps(model, ids, max_new_tokens, stop, sampling, samples, tokens_per_batch)
+    called = np.arange(len(ids)) if numbers is None else np.asarray(numbers, np.int64)
+    if len(called) != len(ids):
+        raise ValueError(f"numbers has {len(called)} entries, expected one for each of the {len(ids)} prompts")
+    return _steps(model, ids, called, max_new_tokens, stop, sampling, samples, tokens_per_batch)
 
 
 def _check(model: Transformer, number: int, prompt: NDArray[np.int64], max_new_tokens: int) -> None:
@@ -133,6 +139,7 @@ def _check(model: Transformer, number: int, prompt: NDArray[np.int64], max_new_t
 def _steps(
     model: Transformer,
     prompts: list[NDArray[np.int64]],
+    called: NDArray[np.int64],
     max_new_tokens: int,
     stop: Collection[int],
     sampling: Sampling,
@@ -168,8 +175,8 @@ def _steps(
         chosen = []
         for start in range(0, len(here), ROWS):
             rows = slice(start, start + ROWS)
-            numbers = here[rows] // samples, here[rows] % samples, positions[rows]
-            chosen.append(choose(model.head.logits(hidden[rows]), sampling, *numbers))
+            of_rows = called[here[rows] // samples], here[rows] % samples, positions[rows]
+            chosen.append(choose(model.head.logits(hidden[rows]), sampling, *of_rows))
         new = torch.cat(chosen).cpu().numpy()
         if (new < 0).any():
             prompt = here[new < 0][0] // samples

@@ -182,7 +182,7 @@ def load_weights(model: Transformer, folder: str | Path) -> None:
     where = layout_of(model.config)
     targets = base_weights(model)
     missing = dict.fromkeys(where)
-    for file, name, tensor in _slices(folder):
+    for file, name, tensor in slices(folder):
         if name.endswith("rotary_emb.inv_freq"):
             continue  # old exports stored this constant
         if name not in where:
@@ -207,7 +207,7 @@ def load_weights(model: Transformer, folder: str | Path) -> None:
 
 def stored_dtype(folder: str | Path) -> torch.dtype:
     """The dtype of a folder's tensors; of mixed ones that which holds them all."""
-    dtypes = {tensor[:0].dtype for _, _, tensor in _slices(Path(folder))}
+    dtypes = {tensor[:0].dtype for _, _, tensor in slices(Path(folder))}
     return functools.reduce(torch.promote_types, dtypes)
 
 
@@ -269,7 +269,7 @@ def copy_tokenizer(source: str | Path | None, folder: Path) -> None:
             shutil.copyfile(file, folder / name)
 
 
-def _slices(folder: Path) -> Iterator[tuple[Path, str, Any]]:
+def slices(folder: Path) -> Iterator[tuple[Path, str, Any]]:
     """(file, name, a safetensors slice: nothing is read yet) of every tensor of a folder."""
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]

@@ -1,5 +1,6 @@
 """Generation from cached keys against the full forward pass and transformers', and what is random about it."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -270,6 +271,14 @@ def test_steps_come_one_by_one():
     assert [[answer] for answer in ids] == generate.generate(model, prompts, max_new_tokens=5)
 
 
+def test_prompts_are_drawn_for_by_their_numbers():
+    model, prompts = build(CONFIGS["dense"]), texts([4, 2, 7])
+    drawn = partial(generate.generate, model, max_new_tokens=6, sampling=Sampling(temperature=2.0), samples=2)
+    whole = drawn(prompts)
+    assert [drawn([prompt], numbers=[i])[0] for i, prompt in enumerate(prompts)] == whole
+    assert drawn([prompts[0]], numbers=[1])[0] != whole[0]
+
+
 def test_nothing_to_do():
     assert generate.generate(build(CONFIGS["dense"]), [], max_new_tokens=5) == []
 
@@ -284,6 +293,7 @@ WRONG = {
     "max_new_tokens is 0": dict(max_new_tokens=0),
     "samples is 0": dict(samples=0),
     "tokens_per_batch is 0": dict(tokens_per_batch=0),
+    "numbers has 2 entries, expected one for each of the 1 prompts": dict(numbers=[4, 5]),
 }
 
 
