@@ -150,7 +150,7 @@ def _experts_by_library(device: str, small: bool, *, dtype: torch.dtype = _BF16)
         with torch.no_grad():
             d_both, ph, d_p = torch_gemm.hidden_gradient(dy, w, both, offsets, p)
             assert d_p is not None
-            return d_both, ph, d_p, torch_gemm.weight_gradient(dy, ph, offsets, None)
+            return d_both, ph, d_p, torch_gemm.weight_gradient(dy, ph, offsets)
 
     return run
 

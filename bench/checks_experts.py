@@ -76,6 +76,34 @@ def _added(place: Place, precision: torch.dtype) -> Row:
     return row | {"error": error, "allowed": allowed}
 
 
+def capturing(place: Place) -> list[Row]:
+    """The layer, forward and backward, in a CUDA graph: replayed for other choices it gives what it gives without."""
+    row: Row = {"what": "moe triton in a CUDA graph"}
+    if place.device.type != "cuda":
+        return [row | {"held": None, "reason": "not measured: there is no GPU"}]
+    x, logits, dy = (_randn(place, 1021, width).bfloat16() for width in (256, 8, 256))
+    weights = [_randn(place, 8, 1024, 256, scale=0.06).bfloat16(), _randn(place, 8, 256, 512, scale=0.04).bfloat16()]
+    inputs = [tensor.requires_grad_() for tensor in (x, logits, *weights)]
+
+    def run() -> list[Tensor]:
+        y, _ = moe_kernels.moe(*inputs, top_k=2, backend="triton")
+        return [y, *torch.autograd.grad(y, inputs, dy)]
+
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):  # a graph is captured beside the default stream, of kernels that are compiled
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        logits.copy_(torch.randn_like(logits))
+    graph.replay()
+    made = [tensor.detach().clone() for tensor in captured]
+    return [row | {"held": all(torch.equal(a, b) for a, b in zip(made, run(), strict=True))}]
+
+
 def routing(place: Place) -> list[Row]:
     """The router's choices, weights and sums, and the order of its choices, beside PyTorch's."""
     rows = []

@@ -78,7 +78,7 @@ MORE = [
 EXPERTS = [OPERATIONS[0], *_parts("moe", False, dict(tokens_8192=400, tokens_32768=1200))]
 PARTS = [
     *_parts("checks", True, dict(noise=40, cross_entropy=60, attention=60)),
-    *_parts("checks_experts", True, dict(moe=60, routing=40)),
+    *_parts("checks_experts", True, dict(moe=60, routing=40, capturing=40)),
     *_parts("checks", True, dict(elementwise=40, embedding=40, optimizer=40, waiting=60)),
     *_parts("training", True, dict(mistral=90, mixtral=90)),
     *OPERATIONS[:4],

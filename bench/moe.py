@@ -64,7 +64,8 @@ class Layer:
         names = ["triton", "grouped_mm", "reference"]
         if moe_kernels.megablocks.supports(self.x.device, self.x.dtype) is None:
             names.append("megablocks")
-        return {name: partial(self.forward, name) for name in names}
+        labelled = (str(moe_kernels.choose(name, self.x.device, self.x.dtype)) for name in names)  # with whose products
+        return {label: partial(self.forward, name) for label, name in zip(labelled, names, strict=True)}
 
     def peers(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """Other projects' experts with our weights, behind our router."""
@@ -152,9 +153,9 @@ def _all(place: Place, tokens: int) -> list[Row]:
     rows = [dense | {"TFLOP/s": layer.tflops(dense["ms"], 9)}]
     for kind, chosen in layer.choices.items():
         ways = layer.backends() | layer.peers()
-        fitting = {name: way for name, way in ways.items() if _fits(partial(layer.step, way, chosen))}
-        lost = ways.keys() - fitting.keys()
-        rows += [{"what": f"{name}, {kind}", "ms": "not measured: out of memory"} for name in sorted(lost)]
+        why_not = {name: _failure(partial(layer.step, way, chosen)) for name, way in ways.items()}
+        rows += [{"what": f"{name}, {kind}", "ms": f"not measured: {why}"} for name, why in why_not.items() if why]
+        fitting = {name: way for name, way in ways.items() if not why_not[name]}
         variants: Variants = {}
         for name, forward in fitting.items():
             variants |= {name: partial(forward, chosen), f"{name} both": partial(layer.step, forward, chosen)}
@@ -167,9 +168,10 @@ def _all(place: Place, tokens: int) -> list[Row]:
     return rows
 
 
-def _fits(run: Callable[[], Any]) -> bool:
+def _failure(run: Callable[[], Any]) -> str:
+    """Why it does not run: a peer's error costs the others nothing. Empty where it does."""
     try:
         run()
-    except torch.OutOfMemoryError:
-        return False
-    return True
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return ""

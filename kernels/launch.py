@@ -62,7 +62,7 @@ def architecture() -> int:
     return int(target.arch) if target else 0
 
 
-def settings(kernel: str, shape: Sequence[int], default: dict[str, Any]) -> dict[str, Any]:
+def settings(kernel: str, shape: Sequence[int | str], default: dict[str, Any]) -> dict[str, Any]:
     """The launch arguments of `kernel` for `shape`, the sizes that they depend on (the count of rows seldom does)."""
     measured = table().get(f"sm_{architecture()}", {}).get(kernel, {})
     return default | measured.get("x".join(map(str, shape)), {})
@@ -166,8 +166,10 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def grouped_gemm(kernel: str, sizes: Sequence[int], itemsize: int) -> dict[str, Any]:
-    """For the products of kernels/moe/grouped_gemm.py, of `sizes` (experts, N, K). LIBRARY: not by our kernel."""
+def grouped_gemm(kernel: str, sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    """For the products of kernels/moe/grouped_gemm.py, of `sizes` (experts, N, K). LIBRARY: by PyTorch's; there only
+    where that never waits for the host (kernels/moe/grouped_mm.py).
+    """
     descriptors = not 0 < architecture() < 90  # before sm_90, reading through them is not asynchronous
     width, stages = (256, 4) if descriptors else (128, 3)
     default = {"ROWS": 128, "COLUMNS": width, "INNER": 64, "num_stages": stages, "num_warps": 8}
@@ -175,10 +177,19 @@ def grouped_gemm(kernel: str, sizes: Sequence[int], itemsize: int) -> dict[str, 
         default["COLUMNS"] //= 2
     if kernel == "moe_hidden_gradient":  # what follows its product needs registers too
         default |= {"COLUMNS": 128, "num_stages": 3}
-    if itemsize == 4:  # exact products, without tensor cores
+    if dtype.itemsize == 4:  # exact products, without tensor cores
         default = {"ROWS": 32, "COLUMNS": 32, "INNER": 32, "num_stages": 2, "num_warps": 4}
-    default |= {"GROUP": 16, "DESCRIPTORS": descriptors, "LIBRARY": False, "enable_fp_fusion": True}
-    return settings(kernel, sizes, default)
+    default |= {"GROUP": 16, "DESCRIPTORS": descriptors, "enable_fp_fusion": True}
+    if grouped_mm_is_one_launch(dtype):
+        default["LIBRARY"] = False
+    return settings(kernel, [*sizes, str(dtype).removeprefix("torch.")], default)
+
+
+def grouped_mm_is_one_launch(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's grouped product is a kernel of its own here; elsewhere, on a GPU, it waits for the rows of each
+    expert and loops over them.
+    """
+    return INTERPRETED or (dtype == torch.bfloat16 and 90 <= architecture() < 110)
 
 
 def by_torch(function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:

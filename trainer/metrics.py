@@ -61,7 +61,7 @@ class StepRecord:
     data_wait: float  # seconds the step waited for its batch
     memory: float  # peak GiB: allocated on a GPU, resident on a CPU
     skipped: int  # steps left out so far, since a loss or gradient was not finite
-    expert_load: list[list[float]] | None  # [layer][expert] share of this step's tokens
+    expert_load: list[list[float]] | None  # [layer][expert] share of this step's choices, k a token
     fullest_expert: float | None  # the largest of them
     router_entropy: list[float] | None  # [layer] mean over tokens, nats: log(E) when even, 0 when certain
     preference: Preference | None = None  # of objective = "dpo"

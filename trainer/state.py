@@ -21,7 +21,7 @@ class TrainState:
     tokens: int = 0  # rows of real documents seen, over all ranks
     skipped: int = 0  # steps whose loss or gradient was not finite
     data: dict[str, Any] | None = None  # the loader's: samples consumed, seed, fingerprint
-    expert_fractions: Tensor | None = None  # (layers, E) fp32: share of tokens of each expert in the previous step
+    expert_fractions: Tensor | None = None  # (layers, E) fp32: share of choices of each expert in the previous step
     balance_bias: Tensor | None = None  # (layers, E) fp32: added to the routers' probabilities for the choice
 
     def to_json(self) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def _expert_load(stages: Mapping[str, Records]) -> Figure:
     size = (1.6 + 2.7 * len(routed), 1.2 + max(1.0, 0.14 * experts + 0.5) * layers)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(layers, len(routed), sharex="col", sharey=True, squeeze=False)
-    figure.suptitle("Expert load: share of tokens, relative to an equal share", fontweight="bold")
+    figure.suptitle("Expert load: share of choices, relative to an equal share", fontweight="bold")
     figure.supxlabel("tokens seen in the stage (thousands)", fontsize=10)
     colours = ScalarMappable(Normalize(0, 2), "RdBu_r")
     for column, (stage, records) in enumerate(routed.items()):

@@ -6,7 +6,8 @@ Only x and the product of gate and up are kept for the backward pass. It goes ba
 one epilogue makes of it the gradient of p, the hidden rows again (times p, for w_down's gradient), and both halves of
 the gradient of gate and up. So the experts' outputs are never needed again, and need not be kept.
 
-The same operator serves `experts` alone: rows that come sorted, and leave unweighted.
+The same operator serves `experts` alone: rows that come sorted, and leave unweighted. Where something has to be added
+to a product, as adapters are, `linear` is one product alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous, and beginning at a multiple of 16 bytes, as copies need; a view need not."""
     tensor = tensor.contiguous()
-    return tensor.clone() if tensor.storage_offset() * tensor.element_size() % 16 else tensor
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 @library.custom_op("tokenmill::moe_experts", mutates_args=())
@@ -157,13 +158,70 @@ def _run(
             f'moe = "triton": x is {x.dtype}, w_gate_up {w_gate_up.dtype} and w_down {w_down.dtype}; cast to one dtype'
         )
     for name, size in (("D", x.shape[1]), ("F", w_down.shape[2])):
-        if size * x.element_size() % 16:
-            raise ValueError(
-                f'moe = "triton" needs rows of a multiple of 16 bytes, and {name} = {size} of {x.element_size()} bytes '
-                f'is not: choose "reference"'
-            )
+        _check_row(f"{name} = {size}", size, x, 'choose "reference"')
     weights = None if weights is None else weights.contiguous()
     needed = any(t is not None and t.requires_grad for t in (x, w_gate_up, w_down, weights))
     totals = weight_grads or (None, None)
     y, _ = _experts(x, w_gate_up, w_down, offsets, inverse, weights, *totals, torch.is_grad_enabled() and needed)
     return y
+
+
+def _check_row(what: str, size: int, x: Tensor, instead: str) -> None:
+    if size * x.element_size() % 16:
+        raise ValueError(
+            f'moe = "triton" needs rows of a multiple of 16 bytes, and {what} of {x.element_size()} bytes is not: '
+            f"{instead}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- one product alone
+
+
+@library.custom_op("tokenmill::moe_linear", mutates_args=())
+def _linear(xs: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    return grouped_gemm.product(_aligned(xs), _aligned(w), offsets, transposed=True)
+
+
+@_linear.register_fake
+def _(xs, w, offsets):
+    return xs.new_empty(xs.shape[0], w.shape[1])
+
+
+@library.custom_op("tokenmill::moe_linear_backward", mutates_args=())
+def _linear_backward(dy: Tensor, xs: Tensor | None, w: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of xs, where there is a w, and of w, where there are xs; empty where not."""
+    dy = _aligned(dy)
+    dx = dy.new_empty(0) if w is None else grouped_gemm.product(dy, _aligned(w), offsets, transposed=False)
+    dw = dy.new_empty(0) if xs is None else grouped_gemm.weight_gradient(dy, _aligned(xs), offsets)
+    return dx, dw
+
+
+@_linear_backward.register_fake
+def _(dy, xs, w, offsets):
+    rows, outputs = dy.shape
+    dx = dy.new_empty(0) if w is None else dy.new_empty(rows, w.shape[2])
+    return dx, dy.new_empty(0) if xs is None else dy.new_empty(offsets.shape[0], outputs, xs.shape[1])
+
+
+def _setup_linear(ctx, inputs, output) -> None:
+    xs, w, offsets = inputs
+    of_xs, of_w = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(xs if of_w else None, w if of_xs else None, offsets)  # a frozen weight needs no rows kept
+
+
+def _backward_linear(ctx, dy):
+    xs, w, offsets = ctx.saved_tensors
+    dx, dw = _linear_backward(dy, xs, w, offsets)
+    return None if w is None else dx, None if xs is None else dw, None
+
+
+_linear.register_autograd(_backward_linear, setup_context=_setup_linear)
+
+
+def linear(xs: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """x w[e]^T of each expert's rows: xs (M, K) sorted, w (E, N, K) to (M, N). Raises ValueError as `experts`."""
+    if xs.dtype != w.dtype:
+        raise ValueError(f'moe = "triton": xs is {xs.dtype} and w {w.dtype}; cast to one dtype')
+    for size in w.shape[1:]:
+        _check_row(f"{size}", size, xs, 'choose "reference", or for an adapter another rank')
+    return _linear(xs, w, offsets)

@@ -218,16 +218,14 @@ def _store_hidden_gradient(d_h, weight, gate_up, d_gate_up, ph, row, column, end
     at, inside = _at(gate_up, row, column, end, F, 2 * F, d_h.shape)
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + F, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
+    silu, slope = torch_gemm.silu_and_slope(gate)
     d_p = tl.sum(d_h * silu * up, 1)
     at, inside = _at(ph, row, column, end, F, F, d_h.shape)
     tl.store(at, (weight * silu * up).to(ph.dtype.element_ty), mask=inside)
     d_h *= weight
     at, inside = _at(d_gate_up, row, column, end, F, 2 * F, d_h.shape)
     tl.store(at + F, (d_h * silu).to(d_gate_up.dtype.element_ty), mask=inside)
-    d_gate = d_h * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(at, d_gate.to(d_gate_up.dtype.element_ty), mask=inside)
+    tl.store(at, (d_h * up * slope).to(d_gate_up.dtype.element_ty), mask=inside)
     return d_p
 
 
@@ -297,8 +295,8 @@ def product(x: Tensor, w: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
     if not y.numel():
         return y
     name = "moe_product_t" if transposed else "moe_product"
-    settings = launch.grouped_gemm(name, (experts, n, k), x.element_size())
-    if settings.pop("LIBRARY"):
+    settings = launch.grouped_gemm(name, (experts, n, k), x.dtype)
+    if settings.pop("LIBRARY", False):
         return launch.by_torch(torch_gemm.product, x, w, offsets, transposed)
     constants = dict(EXPERTS=experts, SPAN=triton.next_power_of_2(experts), N=n, K=k, TRANSPOSED=transposed)
     _launch(_product_kernel, settings, x, w, y, offsets, x.shape[0], **constants)
@@ -313,8 +311,8 @@ def gate_up(x: Tensor, w: Tensor, offsets: Tensor, keep: bool) -> tuple[Tensor, 
     both = x.new_empty((x.shape[0], width) if keep else 0)
     if not h.numel():
         return both, h
-    settings = launch.grouped_gemm("moe_gate_up", (experts, width // 2, k), x.element_size())
-    if settings.pop("LIBRARY"):
+    settings = launch.grouped_gemm("moe_gate_up", (experts, width // 2, k), x.dtype)
+    if settings.pop("LIBRARY", False):
         return launch.by_torch(torch_gemm.gate_up, x, w, offsets, keep)
     constants = dict(EXPERTS=experts, SPAN=triton.next_power_of_2(experts), F=width // 2, K=k, KEEP=keep)
     _launch(_gate_up_kernel, settings, x, w, both, h, offsets, x.shape[0], **constants)
@@ -328,8 +326,8 @@ def hidden_gradient(
     """d_gate_up (M, 2F), p * h (M, F) and d_p (M,) of dy (M, D), w (E, D, F), gate_up (M, 2F) and p; None without p."""
     experts, k, f = w.shape
     rows = dy.shape[0]
-    settings = launch.grouped_gemm("moe_hidden_gradient", (experts, f, k), dy.element_size())
-    if settings.pop("LIBRARY") and rows:
+    settings = launch.grouped_gemm("moe_hidden_gradient", (experts, f, k), dy.dtype)
+    if settings.pop("LIBRARY", False) and rows:
         return launch.by_torch(torch_gemm.hidden_gradient, dy, w, both, offsets, p)
     d_both, ph = both.new_empty(both.shape), dy.new_empty(rows, f)
     d_p = None if p is None else p.new_empty(rows, triton.cdiv(f, settings["COLUMNS"]))
@@ -348,9 +346,9 @@ def weight_gradient(a: Tensor, b: Tensor, offsets: Tensor, total: Tensor | None 
     experts, n, k = offsets.shape[0], a.shape[1], b.shape[1]
     if a.shape[0] == 0:
         return a.new_zeros(experts, n, k) if total is None else total
-    settings = launch.grouped_gemm("moe_weight_gradient", (experts, n, k), a.element_size())
-    if settings.pop("LIBRARY"):
-        return launch.by_torch(torch_gemm.weight_gradient, a, b, offsets, total)
+    settings = launch.grouped_gemm("moe_weight_gradient", (experts, n, k), a.dtype)
+    if settings.pop("LIBRARY", False) and total is None:  # PyTorch's would be rounded before it is added
+        return launch.by_torch(torch_gemm.weight_gradient, a, b, offsets)
     out = a.new_empty(experts, n, k) if total is None else total
     constants = dict(EXPERTS=experts, N=n, K=k, ADD=total is not None)
     _launch(_weight_gradient_kernel, settings, a, b, out, offsets, **constants)

@@ -1,4 +1,8 @@
-"""The experts by PyTorch's grouped matrix product: all of them in one launch, with no wait for their row counts."""
+"""The experts by PyTorch's grouped matrix product.
+
+On a GPU of sm_90 or sm_100, in bfloat16, all of them are one launch, with no wait for their row counts. Elsewhere it
+waits for these on the host, and makes a product for each.
+"""
 
 from __future__ import annotations
 

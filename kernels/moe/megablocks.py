@@ -150,9 +150,14 @@ def _loaded() -> Any:
 
 def source() -> str:
     """Which package runs, and by whose matrix products."""
-    real = _loaded().grouped_gemm_util.ops.gmm is not _grouped_product
+    real = _real_products()
     products = f"grouped_gemm {metadata.version('grouped_gemm')}" if real else f"torch.mm {torch.__version__}"
     return f"megablocks {metadata.version('megablocks')} with {products}"
+
+
+def _real_products() -> bool:
+    """Whether its matrix products are the package grouped_gemm's."""
+    return _loaded().grouped_gemm_util.ops.gmm is not _grouped_product
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -162,7 +167,11 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it computes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     package = _package()
-    return f"{package}; install it by: {INSTALL}" if isinstance(package, str) else None
+    if isinstance(package, str):
+        return f"{package}; install it by: {INSTALL}"
+    if _real_products() and dtype != torch.bfloat16:
+        return f"with the package grouped_gemm it computes bfloat16 alone, not {str(dtype).removeprefix('torch.')}"
+    return None
 
 
 @functools.cache
@@ -186,9 +195,12 @@ def _layer(dim: int, num_experts: int, top_k: int) -> nn.Module:
 
 
 def _weights(w_gate_up: Tensor, w_down: Tensor) -> dict[str, Tensor]:
-    """Its names for ours, each (E, F, D), all of them views. In backward, one copy joins w_gate_up's gradient."""
+    """Its names for ours, each (E, F, D): views, or copies for the package grouped_gemm, which takes no others. In
+    backward, one copy joins w_gate_up's gradient.
+    """
     gate, up = w_gate_up.chunk(2, dim=1)
-    return {"w1": gate, "v1": up, "w2": w_down.mT}
+    weights = {"w1": gate, "v1": up, "w2": w_down.mT}
+    return {name: w.contiguous() for name, w in weights.items()} if _real_products() else weights
 
 
 # ------------------------------------------------------------------------------------------------- what runs of it

@@ -2,7 +2,7 @@
 
     p = softmax(logits)                       in float32                        logits (T, E)
     experts[t] = the k largest of p[t] + bias
-    weights[t, j] = p[t, experts[t, j]] / sum over i of p[t, experts[t, i]]
+    weights[t] = softmax(logits[t, experts[t]])    which is p of the chosen over its sum, also where p underflows
 
 and sums over tokens: how many chose each expert, p, logsumexp(logits)^2 and the entropy of p. The rule is Mixtral's:
 Jiang et al., "Mixtral of Experts" (2024), section 2.1 (a softmax over the k largest logits is the same number). A bias
@@ -12,9 +12,7 @@ The kernel does it in one pass; a program sums its own rows, and its sums are ad
 computed again in the backward pass. With d_w the gradient of the weights w, P that of the sums of p and z that of the
 sum of lse^2:
 
-    d_chosen[j] = (d_w[j] - sum over i of d_w[i] w[i]) / sum over i of p[experts[i]]
-    d_p = P, plus d_chosen where chosen
-    d_logits = p * (d_p - sum over e of p[e] d_p[e] + 2 z lse)
+    d_logits = p * (P - sum over e of p[e] P[e] + 2 z lse), plus w[j] (d_w[j] - sum over i of d_w[i] w[i]) for chosen j
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -57,8 +55,7 @@ def reference(
     else:
         scores = probabilities if bias is None else probabilities + bias
         experts = scores.detach().topk(top_k, -1).indices
-    weights = probabilities.gather(-1, experts)
-    weights = weights / weights.sum(-1, keepdim=True)
+    weights = logits.gather(-1, experts).softmax(-1)
     if real_rows is None:
         votes = torch.ones_like(experts)
     else:
@@ -119,16 +116,17 @@ def _route_kernel(
     chosen = tl.zeros((ROWS, SPAN), tl.int32)  # how often; once at most, unless forced
     place = tl.arange(0, PLACES)[None, :]
     ids = tl.zeros((ROWS, PLACES), tl.int32)
-    values = tl.zeros((ROWS, PLACES), tl.float32)
+    values = tl.full((ROWS, PLACES), float("-inf"), tl.float32)  # the chosen logits
     for j in range(TOP_K):
         best = tl.load(forced + row * TOP_K + j, mask=inside, other=0).to(tl.int32) if FORCED else tl.argmax(scores, 1)
         taken = e[None, :] == best[:, None]
         scores = tl.where(taken, float("-inf"), scores)
         chosen += taken.to(tl.int32)
         ids = tl.where(place == j, best[:, None], ids)
-        values = tl.where(place == j, tl.sum(tl.where(taken, p, 0.0), 1)[:, None], values)
+        values = tl.where(place == j, tl.sum(tl.where(taken, x, 0.0), 1)[:, None], values)
     at, mask = row[:, None] * TOP_K + place, inside[:, None] & (place < TOP_K)
     tl.store(experts + at, ids.to(tl.int64), mask=mask)
+    values = tl.exp(values - tl.max(values, 1)[:, None])
     tl.store(weights + at, values / tl.sum(values, 1)[:, None], mask=mask)
 
     at = program * EXPERTS + e
@@ -141,7 +139,7 @@ def _route_kernel(
 
 @triton.jit
 def _route_backward_kernel(
-    logits, experts, real_rows, d_weights, d_probability_sums, d_square, d_logits, tokens,
+    logits, weights, experts, real_rows, d_weights, d_probability_sums, d_square, d_logits, tokens,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, GHOSTS: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens a program."""
@@ -150,26 +148,21 @@ def _route_backward_kernel(
     e = tl.arange(0, SPAN)
     known = e < EXPERTS
 
-    total = tl.zeros((ROWS,), tl.float32)  # of the chosen probabilities
-    slope = tl.zeros((ROWS,), tl.float32)  # of them times their gradients
-    d_p = tl.zeros((ROWS, SPAN), tl.float32)
+    mean = tl.zeros((ROWS,), tl.float32)  # of d_w by w
     for j in range(TOP_K):
-        best = tl.load(experts + row * TOP_K + j, mask=inside, other=0).to(tl.int32)
-        d_w = tl.load(d_weights + row * TOP_K + j, mask=inside, other=0.0)
-        taken = e[None, :] == best[:, None]
-        value = tl.sum(tl.where(taken, p, 0.0), 1)
-        total += value
-        slope += value * d_w
-        d_p += tl.where(taken, d_w[:, None], 0.0)
-    mean = slope / total  # the sum of d_w w
+        at = row * TOP_K + j
+        mean += tl.load(weights + at, mask=inside, other=0.0) * tl.load(d_weights + at, mask=inside, other=0.0)
+    of_choice = tl.zeros((ROWS, SPAN), tl.float32)
     for j in range(TOP_K):
-        best = tl.load(experts + row * TOP_K + j, mask=inside, other=0).to(tl.int32)
-        d_p -= tl.where(e[None, :] == best[:, None], mean[:, None], 0.0)
-    d_p /= total[:, None]
+        at = row * TOP_K + j
+        best = tl.load(experts + at, mask=inside, other=0).to(tl.int32)
+        slope = tl.load(d_weights + at, mask=inside, other=0.0) - mean
+        slope *= tl.load(weights + at, mask=inside, other=0.0)
+        of_choice += tl.where(e[None, :] == best[:, None], slope[:, None], 0.0)
     sums = tl.load(d_probability_sums + e, mask=known, other=0.0)
-    d_p += tl.where(real[:, None], sums[None, :], 0.0)
+    d_p = tl.where(real[:, None], sums[None, :], 0.0)
     through_lse = tl.where(real, 2 * tl.load(d_square) * lse, 0.0)
-    d_x = p * (d_p - tl.sum(p * d_p, 1)[:, None] + through_lse[:, None])
+    d_x = p * (d_p - tl.sum(p * d_p, 1)[:, None] + through_lse[:, None]) + of_choice
     at = d_logits + row[:, None] * EXPERTS + e[None, :]
     tl.store(at, d_x.to(d_logits.dtype.element_ty), mask=inside[:, None] & known[None, :])
 
@@ -212,7 +205,7 @@ def _(logits, top_k, bias, forced, real_rows):
 @library.custom_op("tokenmill::route_backward", mutates_args=())
 @launch.on_its_device
 def _route_backward(
-    logits: Tensor, experts: Tensor, real_rows: Tensor | None,
+    logits: Tensor, weights: Tensor, experts: Tensor, real_rows: Tensor | None,
     d_weights: Tensor, d_probability_sums: Tensor, d_square: Tensor,
 ) -> Tensor:  # fmt: skip
     tokens, num_experts = logits.shape
@@ -220,22 +213,22 @@ def _route_backward(
     d_logits = torch.empty_like(logits)
     if tokens:
         _route_backward_kernel[(triton.cdiv(tokens, settings["ROWS"]),)](
-            logits, experts, real_rows, d_weights, d_probability_sums, d_square, d_logits, tokens,
+            logits, weights, experts, real_rows, d_weights, d_probability_sums, d_square, d_logits, tokens,
             EXPERTS=num_experts, TOP_K=experts.shape[1], GHOSTS=real_rows is not None, **settings,
         )  # fmt: skip
     return d_logits
 
 
 @_route_backward.register_fake
-def _(logits, experts, real_rows, d_weights, d_probability_sums, d_square):
+def _(logits, weights, experts, real_rows, d_weights, d_probability_sums, d_square):
     return torch.empty_like(logits)
 
 
 def _setup(ctx, inputs, output) -> None:
     logits, _top_k, _bias, _forced, real_rows = inputs
-    _, experts, counts, _, _, entropy = output
+    weights, experts, counts, _, _, entropy = output
     ctx.mark_non_differentiable(experts, counts, entropy)
-    ctx.save_for_backward(logits, experts, real_rows)
+    ctx.save_for_backward(logits, weights, experts, real_rows)
 
 
 def _backward(ctx, d_weights, _experts, _counts, d_probability_sums, d_square, _entropy):
@@ -266,18 +259,19 @@ def route(
     kept from an earlier choice, for a recomputation that must not choose anew. Rows where `real_rows` (T,) is False are
     routed but left out of the counts and sums.
 
-    Raises ValueError where top_k is not in 1..E or `forced` is not (T, k).
+    Raises ValueError where top_k is not in 1..E, or another shape does not fit.
     """
     tokens, num_experts = logits.shape
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"route: top_k is {top_k}, expected 1 to the number of experts, {num_experts}")
-    if forced is not None and forced.shape != (tokens, top_k):
-        raise ValueError(f"route: forced has shape {tuple(forced.shape)}, expected {(tokens, top_k)}")
+    shapes = {"bias": (bias, (num_experts,)), "forced": (forced, (tokens, top_k)), "real_rows": (real_rows, (tokens,))}
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"route: {name} has shape {tuple(tensor.shape)}, expected {shape}")
     if backends.choose(backend, logits) == "torch":
         return reference(logits, top_k, bias, forced, real_rows)
-    bias = None if bias is None else bias.contiguous()
-    forced = None if forced is None else forced.contiguous()
-    return Routing(*_route(logits.contiguous(), top_k, bias, forced, real_rows))
+    given = (None if tensor is None else tensor.contiguous() for tensor in (bias, forced, real_rows))
+    return Routing(*_route(logits.contiguous(), top_k, *given))
 
 
 def hf_load_balancing_loss(logits: Sequence[Tensor], num_experts: int, top_k: int) -> Tensor:

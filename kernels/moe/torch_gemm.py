@@ -1,6 +1,7 @@
 """The products of grouped_gemm.py by PyTorch's grouped product, with what comes around them in kernels of their own.
 
-For the shapes at which tuned.json says that this is faster. Results are the same but for one rounding more, of d_h.
+For the shapes at which tuned.json says that this is faster. What a product gives is rounded before it is used further:
+gate and up before h is made of them, and d_h.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -20,6 +21,14 @@ from tokenmill.kernels.swiglu import swiglu
 
 
 @triton.jit
+def silu_and_slope(gate):
+    """silu(gate) and its derivative."""
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    return silu, sigmoid + silu * (1.0 - sigmoid)
+
+
+@triton.jit
 def _hidden_gradient_kernel(
     d_h, gate_up, p, d_gate_up, ph, d_p, FEATURES: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -32,14 +41,12 @@ def _hidden_gradient_kernel(
     gate = tl.load(gate_up + wide, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + wide + FEATURES, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(d_h + narrow, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
+    silu, slope = silu_and_slope(gate)
     if WEIGHTED:
         tl.store(d_p + row * tl.num_programs(1) + block, tl.sum(gradient * silu * up, 0))
     tl.store(ph + narrow, (weight * silu * up).to(ph.dtype.element_ty), mask=inside)
     gradient *= weight
-    d_gate = gradient * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(d_gate_up + wide, d_gate.to(d_gate_up.dtype.element_ty), mask=inside)
+    tl.store(d_gate_up + wide, (gradient * up * slope).to(d_gate_up.dtype.element_ty), mask=inside)
     tl.store(d_gate_up + wide + FEATURES, (gradient * silu).to(d_gate_up.dtype.element_ty), mask=inside)
 
 
@@ -77,10 +84,10 @@ def hidden_gradient(
     return d_both, ph, None if d_p is None else d_p.sum(1)
 
 
-def weight_gradient(a: Tensor, b: Tensor, offsets: Tensor, total: Tensor | None) -> Tensor:
+def weight_gradient(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """What PyTorch leaves of the matrix of an expert without rows is not said anywhere: it is made 0."""
     out = F.grouped_mm(a.T, b, offs=offsets)
     experts, size = out.shape[0], out[0].numel()
     settings: dict[str, Any] = launch.elementwise("moe_clear", size)
     _clear_kernel[(triton.cdiv(size, settings["BLOCK"]), experts)](out, offsets, size, **settings)
-    return out if total is None else total.add_(out)
+    return out

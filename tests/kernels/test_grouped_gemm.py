@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenmill.kernels import launch
-from tokenmill.kernels.moe import grouped_gemm
+from tokenmill.kernels.moe import grouped_gemm, torch_gemm
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 
@@ -116,9 +116,29 @@ def test_weight_gradient(counts: list[int], dtype: torch.dtype):
     total = torch.randn(out.shape)
     before = total.clone()
     assert grouped_gemm.weight_gradient(a, b, offsets, total) is total
-    torch.testing.assert_close(
-        total, (before + exact).float(), rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-2
-    )
+    assert_close(total, before + exact, torch.float32)  # whatever the products are made of
+
+
+def test_what_a_product_leaves_of_empty_experts_is_cleared():
+    out = torch.full((4, 24, 40), float("nan"))
+    offsets = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
+    torch_gemm._clear_kernel[(30, 4)](out, offsets, 24 * 40, BLOCK=32)
+    assert not out[[0, 2]].any()
+    assert out[[1, 3]].isnan().all()
+
+
+def test_arguments_are_those_of_a_dtype(monkeypatch: pytest.MonkeyPatch):
+    """What is fast in bfloat16 would spill in float32, and PyTorch's product waits for the host in all but that."""
+    asked = []
+    monkeypatch.setattr(launch, "settings", lambda kernel, shape, default: asked.append(shape) or default)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "architecture", lambda: 90)
+    made = {dtype: launch.grouped_gemm("moe_gate_up", (8, 4, 2), dtype) for dtype in (torch.bfloat16, torch.float32)}
+    assert asked == [[8, 4, 2, "bfloat16"], [8, 4, 2, "float32"]]
+    assert "LIBRARY" in made[torch.bfloat16]
+    assert "LIBRARY" not in made[torch.float32]
+    monkeypatch.setattr(launch, "architecture", lambda: 80)
+    assert "LIBRARY" not in launch.grouped_gemm("moe_gate_up", (8, 4, 2), torch.bfloat16)
 
 
 def test_no_rows_at_all():

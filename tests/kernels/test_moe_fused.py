@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from tokenmill.kernels import launch
-from tokenmill.kernels.moe import experts, fused, grouped_gemm, moe, route
+from tokenmill.kernels.moe import experts, fused, grouped_gemm, moe, reference, route
+from tokenmill.kernels.moe.fused import linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
 
@@ -107,6 +108,44 @@ def test_experts_alone():
         assert distance(value, truth) < 2e-6
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("ends", [[1], [0, 20, 20, 41], [0, 0]], ids=str)
+def test_one_product_alone(ends: list[int], dtype: torch.dtype):
+    """Of a wide matrix and of a narrow one, as an adapter's are; a row, experts without any, no row at all."""
+    offsets = torch.tensor(ends, dtype=torch.int32)
+    for inputs, outputs in ((DIM, 8), (8, HIDDEN_DIM)):
+        xs, dy = torch.randn(ends[-1], inputs).to(dtype), torch.randn(ends[-1], outputs).to(dtype)
+        w = (torch.randn(len(ends), outputs, inputs) / inputs**0.5).to(dtype)
+        values, truths = require([xs, w]), require([xs, w], torch.float64)
+        y, truth = linear(values[0], values[1], offsets), reference.linear(truths[0], truths[1], offsets)
+        gradients = torch.autograd.grad(y, values, dy), torch.autograd.grad(truth, truths, dy.double())
+        for value, expected in zip((y, *gradients[0]), (truth, *gradients[1]), strict=True):
+            assert value.dtype == dtype
+            assert value.shape == expected.shape
+            assert distance(value, expected) < (2e-6 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,)])
+def test_one_product_keeps_and_makes_what_is_asked_for(trained: tuple[int, ...]):
+    offsets = torch.tensor([3, 11], dtype=torch.int32)
+    tensors = [torch.randn(11, DIM), torch.randn(2, 8, DIM)]
+    every = require(tensors)
+    some = [tensor.clone().requires_grad_(i in trained) for i, tensor in enumerate(tensors)]
+    dy = torch.randn(11, 8)
+    linear(every[0], every[1], offsets).backward(dy)
+    kept = saved_bytes(lambda: linear(some[0], some[1], offsets))
+    assert kept == sum(t.nbytes for i, t in enumerate(tensors) if i not in trained) + offsets.nbytes
+    linear(some[0], some[1], offsets).backward(dy)
+    for i, (one, other) in enumerate(zip(every, some, strict=True)):
+        if i in trained:
+            assert one.grad is not None
+            assert other.grad is not None
+            assert torch.equal(one.grad, other.grad)
+        else:
+            assert other.grad is None
+
+
 @pytest.mark.parametrize("trained", [(0,), (2,), (1, 3)])
 def test_only_gradients_that_are_asked_for(trained: tuple[int, ...]):
     tensors = leaves(7, 2)
@@ -132,7 +171,7 @@ def test_gradients_added_to_what_is_there(compiled: bool):
     totals = torch.ones_like(tensors[2]), torch.ones_like(tensors[3])
 
     def loss(x: Tensor, logits: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-        return fused.layer(x, route(logits, 2), w_gate_up, w_down, totals).square().sum()
+        return moe(x, logits, w_gate_up, w_down, 2, weight_grads=totals, backend="triton")[0].square().sum()
 
     step = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
     losses = (step(*inputs) for _ in range(2))
@@ -190,12 +229,15 @@ def test_tensors_that_begin_anywhere(monkeypatch):
 
     monkeypatch.setattr(grouped_gemm, "_launch", checked)
     xs, _, w_gate_up, w_down = leaves(19, 2)
-    dy, offsets = torch.randn(19, DIM), torch.tensor([8, 19], dtype=torch.int32)
+    dy, d_z = torch.randn(19, DIM), torch.randn(19, 2 * HIDDEN_DIM)
+    offsets = torch.tensor([8, 19], dtype=torch.int32)
     results = []
     for place in (lambda tensor: tensor.clone().requires_grad_(), shifted):
         inputs = [place(tensor) for tensor in (xs, w_gate_up, w_down)]
         y = experts(inputs[0], offsets, inputs[1], inputs[2], "triton")
-        results.append((y, *torch.autograd.grad(y, inputs, place(dy).detach())))
+        z = linear(inputs[0], inputs[1], offsets)
+        of_z = torch.autograd.grad(z, inputs[:2], place(d_z).detach())
+        results.append((y, *torch.autograd.grad(y, inputs, place(dy).detach()), z, *of_z))
     assert not any(address % 16 for address in addresses)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
@@ -257,6 +299,15 @@ def test_operators_are_well_formed():
     library.opcheck(fused._experts_backward, (*tensors, offsets, inverse, weights, *totals, True, True, True))
 
 
+def test_one_products_operators_are_well_formed():
+    xs, w = torch.randn(7, DIM, requires_grad=True), torch.randn(2, 8, DIM, requires_grad=True)
+    dy, offsets = torch.randn(7, 8), torch.tensor([3, 7], dtype=torch.int32)
+    library.opcheck(fused._linear, (xs, w, offsets))
+    library.opcheck(fused._linear, (xs, w.detach(), offsets))
+    for tensors in ((xs.detach(), w.detach()), (xs.detach(), None), (None, w.detach())):
+        library.opcheck(fused._linear_backward, (dy, *tensors, offsets))
+
+
 def test_compiles_to_one_graph():
     tensors = leaves(17, 4)
 
@@ -269,13 +320,30 @@ def test_compiles_to_one_graph():
     for one, other in zip(inputs, compiled, strict=True):
         torch.testing.assert_close(one.grad, other.grad)
 
+    offsets = torch.tensor([5, 5, 17], dtype=torch.int32)
+    xs, w = torch.randn(17, DIM), torch.randn(3, 8, DIM)
+    inputs, compiled = require([xs, w]), require([xs, w])
+    linear(inputs[0], inputs[1], offsets).square().sum().backward()
+    one_product = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    one_product(compiled[0], compiled[1], offsets).square().sum().backward()
+    for one, other in zip(inputs, compiled, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
 
 def test_wrong_input_is_named():
     x, logits, w_gate_up, w_down = leaves(5, 3)
     with pytest.raises(ValueError, match="w_down torch.float16; cast to one dtype"):
         moe(x, logits, w_gate_up, w_down.half(), 1, backend="triton")
+    offsets = torch.tensor([1, 2, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="xs is torch.float32 and w torch.float16; cast to one dtype"):
+        linear(x, w_gate_up.half(), offsets)
+    for of_adapter in (torch.randn(3, 6, DIM), torch.randn(3, DIM, 6)):
+        with pytest.raises(ValueError, match="needs rows .* 6 of 4 bytes is not: .* or for an adapter another rank"):
+            linear(torch.randn(5, of_adapter.shape[2]), of_adapter, offsets)
     with pytest.raises(ValueError, match='moe = "triton" needs rows .* D = 23 of 4 bytes'):
         moe(x[:, 1:], logits, w_gate_up[..., 1:], w_down[:, 1:], 1, backend="triton")
+    with pytest.raises(ValueError, match='weight_grads: moe = "reference" gives gradients to autograd alone'):
+        moe(x, logits, w_gate_up, w_down, 1, weight_grads=(w_gate_up, w_down), backend="reference")
     with pytest.raises(
         ValueError, match=r"weight_grads: expected contiguous torch.float32 \[3, 24, 40\], got .*float16"
     ):

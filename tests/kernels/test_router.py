@@ -66,6 +66,7 @@ def test_it_is_the_same_bits_every_time():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 def test_what_is_not_finite_still_goes_to_experts_that_exist():
     logits = torch.randn(6, 5)
     logits[0], logits[1, 2], logits[2] = float("nan"), float("inf"), float("-inf")
@@ -81,7 +82,7 @@ def test_the_operators_are_sound_and_leave_no_gap_in_a_compiled_graph():
     library.opcheck(operators[0], (logits, 2, torch.randn(5), None, real))
     routing = route(logits.detach(), 2)
     sums = torch.randn(9, 2), torch.randn(5), torch.randn(())
-    library.opcheck(operators[1], (logits.detach(), routing.experts, real, *sums))
+    library.opcheck(operators[1], (logits.detach(), routing.weights, routing.experts, real, *sums))
     library.opcheck(operators[2], (routing.experts, 5))
 
     def weighed(x: Tensor) -> Tensor:
@@ -90,6 +91,33 @@ def test_the_operators_are_sound_and_leave_no_gap_in_a_compiled_graph():
 
     compiled = torch.compile(weighed, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(logits), weighed(logits))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_weights_of_choices_whose_probabilities_vanish(backend: Any):
+    """As a bias can choose them: exp(-200) is 0 in fp32, and 0 / 0 no weight."""
+    logits = torch.tensor([[200.0, 0.0, 1.0]], requires_grad=True)
+    routing = route(logits, 2, bias=torch.tensor([-2.0, 0.0, 0.0]), backend=backend)
+    weights = torch.tensor([[0.0, 1.0]]).gather(1, routing.experts - 1).softmax(1)
+    torch.testing.assert_close(routing.weights, weights)
+    (gradient,) = torch.autograd.grad(routing.weights[0, 0], logits)
+    slope = float(weights.prod())
+    expected = torch.zeros(1, 3).scatter(1, routing.experts, torch.tensor([[slope, -slope]]))
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_ghosts_in_any_strides():
+    logits, real = torch.randn(8, 4), torch.arange(16).view(8, 2)[:, 0] < 10
+    assert not torch.empty(8, 2, dtype=torch.bool)[:, 0].is_contiguous()
+    spread = torch.stack([real, ~real], 1)[:, 0]
+    assert torch.equal(*(route(logits, 2, real_rows=r, backend="triton").counts for r in (real, spread)))
+
+
+@pytest.mark.parametrize("name", ["bias", "forced", "real_rows"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_another_shape_is_named(name: str, backend: Any):
+    with pytest.raises(ValueError, match=rf"{name} has shape \(3,\), expected"):
+        route(torch.randn(8, 4), 2, **{name: torch.zeros(3, dtype=torch.int64)}, backend=backend)
 
 
 def test_no_token_is_no_error():

@@ -185,7 +185,7 @@ def attach(model: Transformer, config: AdapterConfig, dtype: torch.dtype | None 
         if isinstance(owner, MoELayer) and owner.backend is not None and owner.backend.linear is None:
             raise ValueError(
                 f'adapter.targets: moe = "{owner.backend.name}" has no product to adapt the experts in; choose '
-                f'"grouped_mm" or "reference", or targets without experts'
+                f'"triton", "grouped_mm" or "reference", or targets without experts'
             )
         owner.adapters[attribute] = Adapter(getattr(owner, attribute).shape, of_weight, config).to(dtype)  # type: ignore[index]
     _quantise(model, config)

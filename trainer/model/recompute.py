@@ -31,6 +31,7 @@ _COSTLY = _CHOICE | {
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.tokenmill.moe_experts.default,
+    torch.ops.tokenmill.moe_linear.default,
 }
 
 
