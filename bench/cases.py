@@ -139,6 +139,29 @@ def _experts(device: str, small: bool, *, dtype: torch.dtype = _BF16) -> Callabl
     return run
 
 
+def _adapters_of_experts(device: str, small: bool, *, rank: int = 16) -> Callable[[], Results]:
+    """One product alone with frozen weights, and the two of an adapter, on what goes into both layers."""
+    experts, rows, dim, hidden = (4, 64, 64, 96) if small else (8, 2 * TOKENS, DIM, HIDDEN)
+    offsets = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * (rows // experts)
+    xs, h = _randn(device, rows, dim), _randn(device, rows, hidden)
+    low, narrow = _randn(device, rows, 2 * rank), _randn(device, rows, rank)
+    inputs = [
+        (xs, _randn(device, experts, 2 * hidden, dim, grad=False)),
+        (xs, _randn(device, experts, 2 * rank, dim)), (low, _randn(device, experts, 2 * hidden, 2 * rank)),
+        (h, _randn(device, experts, rank, hidden)), (narrow, _randn(device, experts, dim, rank)),
+    ]  # fmt: skip
+    upstream = [_randn(device, rows, w.shape[1], grad=False) for _, w in inputs]
+
+    def run() -> Results:
+        made: list[Tensor] = []
+        for (x, w), dy in zip(inputs, upstream, strict=True):
+            y = fused.linear(x, w, offsets)
+            made += _both((y,), tuple(t for t in (x, w) if t.requires_grad), (dy,))
+        return tuple(made)
+
+    return run
+
+
 def _experts_by_library(device: str, small: bool, *, dtype: torch.dtype = _BF16) -> Callable[[], Results]:
     """What is ours where PyTorch's grouped product takes the place of our own."""
     experts, rows, dim, hidden = (4, 64, 64, 96) if small else (8, 2 * TOKENS, DIM, HIDDEN)
@@ -274,6 +297,7 @@ CASES: dict[str, Case] = {
     "experts": _experts,
     "experts, fp32": partial(_experts, dtype=_FP32),
     "experts, PyTorch's product": _experts_by_library,
+    "experts, adapters of rank 16": _adapters_of_experts,
     "loss": _loss,
     "loss, 8191 tokens": partial(_loss, tokens=8191),
     "loss, vocabulary 32768": partial(_loss, vocab=32768),

@@ -17,6 +17,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         return sub
 
     c = command("step", _step, "The same training step through ours and through Hugging Face's Trainer, in turn.")
+    text = "ways of training side by side instead, and TRL's: some of cpt,sft,dpo,lora,qlora, with commas between"
+    c.add_argument("--objective", metavar="LIST", help=text)
     c.add_argument("--recompute", choices=["none", "selective", "full"], default="none", help="as in a recipe")
     c.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="larger models on a GPU")
 
@@ -55,9 +57,12 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _step(options: argparse.Namespace) -> None:
-    from tokenmill.bench import step
+    from tokenmill.bench import objectives, step
 
-    step.main(options.recompute, options.device)
+    if options.objective is None:
+        step.main(options.recompute, options.device)
+    else:
+        objectives.main(options.objective.split(","), options.recompute, options.device)
 
 
 def _static(options: argparse.Namespace) -> None:
