@@ -321,10 +321,8 @@ class _Gather:
         self._streams = streams
         self._pinned = pinned
         self._shards = shards
-        self._tokens = [shard.tokens for shard in shards]
-        self._silent = [shard.silent for shard in shards]
         self._crc32 = [np.asarray(shard.crc32, np.uint32) for shard in shards]
-        self._checked = [shard.checked for shard in shards]
+        self._place = np.zeros(len(shards), np.int64)  # of a shard among those that a batch needs
         self._first_shard = np.cumsum([0] + [len(stream.shards) for stream in streams])
 
     def __call__(
@@ -343,13 +341,19 @@ class _Gather:
             shard[here] = self._first_shard[i] + stream.shard_ids[documents[here]]
             start[here] = stream.starts[documents[here]]
         start += begins
-        damaged = _C.find_damaged(self._tokens, self._crc32, self._checked, shard, start, lengths, BLOCK)
+        needed = np.flatnonzero(np.bincount(shard, minlength=len(self._shards)))  # of perhaps thousands
+        self._place[needed] = np.arange(len(needed))
+        shard = self._place[shard]
+        shards = [self._shards[i] for i in needed]
+        tokens = [found.tokens for found in shards]
+        crc32 = [self._crc32[i] for i in needed]
+        damaged = _C.find_damaged(tokens, crc32, [found.checked for found in shards], shard, start, lengths, BLOCK)
         if damaged >= 0:
             begin = int(start[damaged])
-            self._shards[shard[damaged]].check(begin, begin + int(lengths[damaged]))  # raises, naming file and block
+            shards[shard[damaged]].check(begin, begin + int(lengths[damaged]))  # raises, naming file and block
         return Batch.from_shards(
-            self._tokens,
-            self._silent,
+            tokens,
+            [found.silent for found in shards],
             shard,
             start,
             lengths,
