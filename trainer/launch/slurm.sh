@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Slurm: sbatch --nodes=4 --gpus-per-node=8 trainer/launch/slurm.sh RECIPE.toml [--section.key=value ...]
+# Slurm: sbatch --nodes=4 --gpus-per-node=8 trainer/launch/slurm.sh RECIPE.toml [--section.key=value ...], or `run PIPELINE.toml`
 #SBATCH --job-name=tokenmill
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
