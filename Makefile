@@ -1,14 +1,18 @@
 # make demo   the main job, on real clinical text (a CPU is enough)
+# make paper  what continued pre-training adds to tuning: every arm and strategy, four seeds (two cores, 25 minutes)
 # make test   everything that is quick
 # make prove  everything that is too long for that
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint prove clean
+.PHONY: demo paper test lint prove clean
 
 demo: .venv/demo
 	$(BIN)/python -m tokenmill.bench.demo --output runs/demo
+
+paper: .venv/paper
+	$(BIN)/python -m tokenmill.bench.paper --output runs/paper
 
 test: .venv/test .venv/megablocks
 	$(BIN)/python -m pytest -m "not slow"

@@ -3,9 +3,10 @@
 `tokenmill bench data FILES` takes plain documents (a text is made from a seed where no file is given), each argument a
 corpus of its own. A case is one piece of work: what ours makes of it and what a peer makes are compared first, then all
 sides do it again and again in turn, and rates are of median times. Peers but sentencepiece run in environments of their
-own, which `--peers FOLDER` makes there (bench/data_peers.py); one that does not run is said to be not measured, and
+own, which `--peers FOLDER` makes there (bench/environments.py); one that does not run is said to be not measured, and
 why. Targets are of what ours does for the first time: no word cached yet, no block of a stream checked yet. A load
-above 0 at the start says that other processes were at work, which hurts every side.
+above 0 at the start says that other processes were at work, which hurts every side. The last case is not of speed: it
+counts what runs that were stopped and resumed gave (bench/elastic.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -36,7 +37,8 @@ from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 
 from tokenmill import _C
-from tokenmill.bench import data_peers
+from tokenmill.bench.elastic import resume
+from tokenmill.bench.environments import ENCODERS, PACKERS, READERS, RESTARTING, SHUFFLERS, write_facts
 from tokenmill.bench.turns import (
     OURS,
     Arrays,
@@ -63,7 +65,7 @@ from tokenmill.data.tokenizer import Tokenizer, train_tokenizer
 
 SEQUENCE = 2048
 STEP = 8  # packs
-CASES = ("encoder", "prepare", "permutation", "packing", "assembly", "waiting")
+CASES = ("encoder", "prepare", "permutation", "packing", "assembly", "waiting", "resume")
 SLOW = 0.01  # a step that waits more of its time than this is said to wait
 
 
@@ -106,7 +108,7 @@ def encoder(bench: Bench, corpus: Corpus) -> list[Row]:
     def check(result: Arrays) -> tuple[float, Row]:
         return corpus.megabytes, _same_ids(corpus, result["ids"], result["lengths"])
 
-    _write_facts(folder, {})
+    write_facts(folder, {})
     (folder / "texts.json").write_text(json.dumps(texts))
     shutil.copy(model, folder / "tokenizer.model")
     ours = [
@@ -114,7 +116,7 @@ def encoder(bench: Bench, corpus: Corpus) -> list[Row]:
         Side(f"{OURS}, words cached", lambda: clock(lambda: warm.encode_batch(texts)), corpus.megabytes),
     ]
     case = Case(
-        "encoder", corpus.name, "MB/s", ours, [_sentencepiece(corpus)], data_peers.ENCODERS, folder, check,
+        "encoder", corpus.name, "MB/s", ours, [_sentencepiece(corpus)], ENCODERS, folder, check,
         {"sentencepiece": at_least(7)},
     )  # fmt: skip
     return measured(bench, case)
@@ -155,13 +157,13 @@ def permutation(bench: Bench) -> list[Row]:
     def check(result: Arrays) -> tuple[float, Row]:
         return theirs / 1e6, _order(result["order"], whole)
 
-    _write_facts(folder, {"indices": 10**9, "count": theirs, "whole": whole})
+    write_facts(folder, {"indices": 10**9, "count": theirs, "whole": whole})
     ours = [
         Side(OURS, lambda: run(10**9), count / 1e6, _order(_C.permutation(whole, 1, 0, whole), whole)),
         Side(f"{OURS}, of 10^12", lambda: run(10**12), count / 1e6),  # grain's are of 32 bits
     ]
     targets = {OURS: Target(">= 40 M/s", lambda row: row["rate"] >= 40)}
-    return measured(bench, Case("permutation", "10^9", "M/s", ours, (), data_peers.SHUFFLERS, folder, check, targets))
+    return measured(bench, Case("permutation", "10^9", "M/s", ours, (), SHUFFLERS, folder, check, targets))
 
 
 def packing(bench: Bench, name: str, folder: Path, lengths: NDArray[np.int64]) -> list[Row]:
@@ -176,16 +178,17 @@ def packing(bench: Bench, name: str, folder: Path, lengths: NDArray[np.int64]) -
     def met(row: Row) -> bool:
         return row["times"] >= 50 and said["bins"] <= row["bins"]
 
-    _write_facts(folder, {"sequence_length": SEQUENCE})
+    write_facts(folder, {"sequence_length": SEQUENCE})
     np.save(folder / "lengths.npy", lengths)
     ours = [Side(OURS, lambda: clock(lambda: _C.pack(lengths, SEQUENCE)), work, said)]
     targets = {"OLMo-core": Target(">= 50 times, no more bins", met)}
-    return measured(bench, Case("packing", name, "M documents/s", ours, (), data_peers.PACKERS, folder, check, targets))
+    return measured(bench, Case("packing", name, "M documents/s", ours, (), PACKERS, folder, check, targets))
 
 
 def assembly(bench: Bench, corpus: Corpus) -> list[Row]:
-    """An epoch of batches: tokens, targets, weights, positions and boundaries, in packs of a sequence."""
+    """An epoch of batches, in packs of a sequence."""
     stream, folder = corpus.stream, corpus.folder
+    given = "tokens, targets, weights, positions that restart, boundaries"
     rows = _predicted_once(stream)
     expected = np.bincount(np.concatenate([shard.tokens for shard in stream.shards]), minlength=stream.vocab_size)
 
@@ -200,14 +203,14 @@ def assembly(bench: Bench, corpus: Corpus) -> list[Row]:
         return rows / 1e6, {"same": same, "note": ("the same tokens" if same else "other tokens than ours") + part}
 
     facts = {"sequence_length": SEQUENCE, "vocab_size": stream.vocab_size, "eos_id": stream.eos_id, "masks": 16}
-    _write_facts(folder, facts | {"dtype": stream.shards[0].tokens.dtype.name})
+    write_facts(folder, facts | {"dtype": stream.shards[0].tokens.dtype.name})
     export_megatron(stream.folder, folder / "stream")
     ours = [
-        Side(OURS, lambda: epoch(TokenStream.open(stream.folder)), rows / 1e6),
-        Side(f"{OURS}, blocks checked before", lambda: epoch(stream), rows / 1e6),
+        Side(OURS, lambda: epoch(TokenStream.open(stream.folder)), rows / 1e6, {"note": given}),
+        Side(f"{OURS}, blocks checked before", lambda: epoch(stream), rows / 1e6, {"note": given}),
     ]
-    targets = {data_peers.RESTARTING.name: at_least(5)}
-    case = Case("assembly", corpus.name, "M tokens/s", ours, (), data_peers.READERS, folder, check, targets)
+    targets = {RESTARTING.name: at_least(5)}
+    case = Case("assembly", corpus.name, "M tokens/s", ours, (), READERS, folder, check, targets)
     return measured(bench, case)
 
 
@@ -255,12 +258,8 @@ def cases(bench: Bench, corpora: Sequence[Corpus]) -> dict[str, list[Callable[[]
         "packing": [partial(packing, bench, *inputs) for inputs in packs],
         "assembly": [partial(assembly, bench, corpus) for corpus in corpora],
         "waiting": [partial(waiting, bench, corpora[0])],
+        "resume": [partial(resume, bench, corpora[0].tokenizer)],
     }
-
-
-def _write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "facts.json").write_text(json.dumps(facts))
 
 
 def _sentencepiece(corpus: Corpus) -> Side:
@@ -401,8 +400,12 @@ def main(
             own = {"version": metadata.version("tokenmill")}
             rows += [about | (own if row["what"].startswith(OURS) else {}) | row for row in found]
             write_csv(rows, output / "data.csv")
-    plot(rows, output / "data.png")
-    print(f"{output / 'data.csv'}, {output / 'data.png'}")
+    try:
+        plot(rows, output / "data.png")
+    except ImportError as error:
+        print(f"{output / 'data.csv'}; no data.png: {error} (pip install matplotlib)")
+    else:
+        print(f"{output / 'data.csv'}, {output / 'data.png'}")
     return rows
 
 

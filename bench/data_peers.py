@@ -1,9 +1,8 @@
-"""Other projects' data tools, each in a virtual environment and a process of its own: what `bench data` stands beside.
+"""What other projects' data tools do in `bench data`, each in an environment and a process of its own.
 
-The upper half runs in our environment: it makes theirs and speaks with their processes. The lower half runs in theirs,
-where this file is started as a script, by the name of one of its last functions, and nothing of ours can be imported.
-Each of those takes a folder with the inputs of a case (`facts.json` beside the files named below) and returns what is
-timed, and the result by which it is checked to do the same work as ours.
+This file is started there as a script (bench/environments.py), by the name of one of its functions, and nothing of ours
+can be imported. A function takes a folder with the inputs of a case (`facts.json` beside the files named below) and
+returns what is timed, and the result by which it is checked to do the same work as ours.
 """
 
 # pyright: reportMissingImports=false
@@ -12,126 +11,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from importlib import metadata
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
-
-PATIENCE = 900  # seconds for one answer
-# The packages of each environment. Where they want a torch, it is the one that tokenmill is tested with.
-TORCH = "torch==2.13.0"
-REQUIREMENTS = {
-    "grain": ("grain==0.2.18",),
-    "hf": ("transformers==5.23.0", "sentencepiece==0.2.3", "protobuf==7.36.2"),
-    "litdata": ("litdata==0.2.76", TORCH),
-    "megatron": (
-        "megatron-core==0.16.1; python_version < '3.12'",
-        "megatron-core==0.19.2; python_version >= '3.12'",
-        TORCH,
-    ),
-    "olmo": ("ai2-olmo-core==3.0.0", TORCH),
-    "streaming": ("mosaicml-streaming==0.13.0", TORCH),
-    "trl": ("trl==1.16.0", TORCH),
-}
-
-
-class Peer(NamedTuple):
-    name: str
-    environment: str
-    function: str  # of this file
-    package: str  # whose version is said
-
-
-ENCODERS = [Peer("HF tokenizers", "hf", "hf_tokenizers", "tokenizers")]
-SHUFFLERS = [Peer("grain", "grain", "grain", "grain")]
-PACKERS = [Peer("OLMo-core", "olmo", "olmo", "ai2-olmo-core"), Peer("TRL", "trl", "trl", "trl")]
-RESTARTING = Peer("GPTDataset, positions restart", "megatron", "gpt_dataset", "megatron-core")
-READERS = [
-    RESTARTING,
-    Peer("GPTDataset, nothing restarts", "megatron", "gpt_dataset_plain", "megatron-core"),
-    Peer("GPTDataset, an attention mask", "megatron", "gpt_dataset_mask", "megatron-core"),
-    Peer("mosaicml-streaming, tokens alone", "streaming", "mosaicml_streaming", "mosaicml-streaming"),
-    Peer("litdata, tokens alone", "litdata", "litdata", "litdata"),
-]
-
-
-class NotMeasured(Exception):
-    """Why a peer does not run here, in a line."""
-
-
-def environment(folder: Path, name: str) -> Path:
-    """The Python of an environment in `folder`, made by pip where it is not there yet. Raises NotMeasured."""
-    home = folder / name
-    python, made = home / "bin" / "python", home / "requirements.txt"
-    wanted = "".join(f"{line}\n" for line in REQUIREMENTS[name])
-    if made.is_file() and made.read_text() == wanted:
-        return python
-    print(f"{home}: installing {', '.join(REQUIREMENTS[name])}", file=sys.stderr)
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *REQUIREMENTS[name]]
-    for command in ([sys.executable, "-m", "venv", "--clear", home], install):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise NotMeasured(f"does not install: {_last_line(done.stderr or done.stdout)}")
-    made.write_text(wanted)
-    return python
-
-
-class Process:
-    """A peer at work: it has done a case's work once, and does it again each time it is called."""
-
-    def __init__(self, peer: Peer, environments: Path, folder: Path) -> None:
-        """Raises NotMeasured where it cannot be installed, imported or run. What it did is in `result`."""
-        self._log = folder / f"{peer.function}.log"
-        python = environment(environments, peer.environment)
-        command = [python, "-P", __file__, peer.function, peer.package, folder]  # -P: our modules are not on its path
-        alone = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        quiet = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "TMPDIR": str(folder)}
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                env=os.environ | alone | quiet,
-            )  # fmt: skip
-        self.version = self._answer()
-        self.result = folder / f"{peer.function}.npz"
-
-    def __call__(self) -> float:
-        """Seconds of the work, done once more."""
-        with suppress(BrokenPipeError):  # what it died of is said below
-            cast(IO[bytes], self._process.stdin).write(b"\n")
-        return float(self._answer())
-
-    def close(self) -> None:
-        """End it, by itself where it can: it has its own temporary files to remove."""
-        with self._process:
-            cast(IO[bytes], self._process.stdin).close()
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-
-    def _answer(self) -> str:
-        limit = threading.Timer(PATIENCE, self._process.kill)
-        limit.start()
-        line = cast(IO[bytes], self._process.stdout).readline()
-        limit.cancel()
-        if line:
-            return line.decode().strip()
-        with self._process:
-            status = self._process.wait()
-        said = _last_line(self._log.read_text(errors="replace"))
-        raise NotMeasured(said if status == 1 else f"its process ended with status {status}: {said}")
-
-
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")[:300]
-
-
-# ------------------------------------------------------------------------------------------------- in its environment
+from typing import Any, NamedTuple
 
 
 class Work(NamedTuple):
@@ -249,23 +135,13 @@ def gpt_dataset_mask(folder: Path, facts: dict[str, Any]) -> Work:
 
 def mosaicml_streaming(folder: Path, facts: dict[str, Any]) -> Work:
     """An epoch of rows of tokens from an MDS shard, by index: its iterator, with threads, is slower."""
-    from torch import library
-
-    try:
-        import torchvision  # noqa: F401  (of which it imports its image readers, but needs nothing here)
-    except RuntimeError:  # a torchvision for CUDA beside a torch for CPUs
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        for name in ("nms", "qnms"):
-            library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    from streaming import MDSWriter, StreamingDataset
-
+    streaming = _streaming()
     rows = _rows(folder, facts)
     column = f"ndarray:{rows.dtype}:{rows.shape[1]}"
-    with MDSWriter(out=str(folder / "mds"), columns={"tokens": column}) as writer:
+    with streaming.MDSWriter(out=str(folder / "mds"), columns={"tokens": column}) as writer:
         for row in rows:
             writer.write({"tokens": row})
-    samples = StreamingDataset(local=str(folder / "mds"), batch_size=8)
+    samples = streaming.StreamingDataset(local=str(folder / "mds"), batch_size=8)
     return _reading(lambda i: samples[i]["tokens"], len(rows), facts)
 
 
@@ -292,6 +168,121 @@ def litdata(folder: Path, facts: dict[str, Any]) -> Work:
         return next(samples)
 
     return _reading(read, len(rows), facts)
+
+
+Steps = list[list[int]]  # the samples of each step, rank after rank
+# Takes a world size, how many steps (None: to the end of the epoch) and the state to go on from (None: the beginning);
+# gives the steps and the state after them. Ranks are made one after the other, each as in a process of its own.
+Segment = Callable[[int, int | None, Any], tuple[Steps, Any]]
+
+
+def resumed(segment: Segment, facts: dict[str, Any]) -> Work:
+    """An epoch for each of `facts["plans"]`, a list of world sizes and steps: each goes on where the one before ended.
+
+    The result is flat: all samples, how many of them each step has, and how many steps each epoch.
+    """
+    import numpy as np
+
+    def epoch(plan: Sequence[tuple[int, int | None]]) -> Steps:
+        steps, state = [], None
+        for world, count in plan:
+            some, state = segment(world, count, state)
+            steps += some
+        return steps
+
+    def result(epochs: list[Steps]) -> dict[str, Any]:
+        steps = [step for epoch in epochs for step in epoch]
+        samples = np.array([i for step in steps for i in step], np.int64)
+        return {"samples": samples, "steps": np.array([*map(len, steps)]), "epochs": np.array([*map(len, epochs)])}
+
+    return Work(lambda: [epoch(plan) for plan in facts["plans"]], result)
+
+
+def torchdata(folder: Path, facts: dict[str, Any]) -> Work:
+    """StatefulDataLoader, with a sampler and a state for each rank."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+    from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+    samples: Any = range(facts["samples"])
+
+    def segment(world: int, count: int | None, states: Any) -> tuple[Steps, Any]:
+        samplers = [StatefulDistributedSampler(samples, world, rank, shuffle=True) for rank in range(world)]
+        loaders = [StatefulDataLoader(samples, facts["step"] // world, sampler=sampler) for sampler in samplers]
+        for rank, loader in enumerate(loaders if states else ()):
+            loader.load_state_dict(states[rank % len(states)])
+        steps = _of_all_ranks([[batch.tolist() for batch in islice(loader, count)] for loader in loaders])
+        return steps, [loader.state_dict() for loader in loaders]
+
+    return resumed(segment, facts)
+
+
+def accelerate(folder: Path, facts: dict[str, Any], even: bool = True) -> Work:
+    """Batches of a DataLoader that its ranks share (`split_batches`), of which `skip_first_batches` skips some."""
+    import torch
+    from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
+    from torch.utils.data import BatchSampler, RandomSampler
+
+    def segment(world: int, count: int | None, done: int | None) -> tuple[Steps, int]:
+        ranks = []
+        for rank in range(world):
+            sampler = RandomSampler(range(facts["samples"]), generator=torch.Generator().manual_seed(0))
+            batches = BatchSampler(sampler, facts["step"], drop_last=False)
+            shard = BatchSamplerShard(batches, world, rank, split_batches=True, even_batches=even)
+            ranks.append([*islice(SkipBatchSampler(shard, done or 0), count)])
+        steps = _of_all_ranks(ranks)
+        return steps, (done or 0) + len(steps)
+
+    return resumed(segment, facts)
+
+
+def accelerate_uneven(folder: Path, facts: dict[str, Any]) -> Work:
+    """The same where the last batch may be smaller."""
+    return accelerate(folder, facts, even=False)
+
+
+def mosaicml_resumed(folder: Path, facts: dict[str, Any]) -> Work:
+    """StreamingDataset's sharing out of an epoch, from the count of samples that its state keeps."""
+    streaming = _streaming()
+    from streaming.base.batching import generate_work
+    from streaming.base.world import World
+
+    with streaming.MDSWriter(out=str(folder / "mds"), columns={"number": "int"}) as writer:
+        for i in range(facts["samples"]):
+            writer.write({"number": i})
+    dataset = streaming.StreamingDataset(
+        local=str(folder / "mds"), batch_size=1, shuffle=True, shuffle_seed=0, num_canonical_nodes=1
+    )
+    dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its iterator does first
+
+    def segment(world: int, count: int | None, done: int | None) -> tuple[Steps, int]:
+        dataset.batch_size = facts["step"] // world
+        work = generate_work(dataset.batching_method, dataset, World(1, world, 1, 0), 0, done or 0)
+        batches = work[0, :, 0].swapaxes(0, 1)[:count]  # (steps, ranks, samples), -1 where there is none
+        steps = [[i for i in step.ravel().tolist() if i >= 0] for step in batches]
+        return steps, (done or 0) + sum(map(len, steps))
+
+    return resumed(segment, facts)
+
+
+def _of_all_ranks(ranks: list[list[list[int]]]) -> Steps:
+    """Of the batches of each rank, each step's."""
+    return [[i for batch in step for i in batch] for step in zip_longest(*ranks, fillvalue=())]
+
+
+def _streaming() -> Any:
+    """mosaicml-streaming's module. It imports torchvision for its image readers, but needs nothing of it here."""
+    from torch import library
+
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:  # a torchvision for CUDA beside a torch for CPUs
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for name in ("nms", "qnms"):
+            library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import streaming
+
+    return streaming
 
 
 def _rows(folder: Path, facts: dict[str, Any]) -> Any:

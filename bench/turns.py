@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.bench.data_peers import NotMeasured, Peer, Process
+from tokenmill.bench.environments import NotMeasured, Peer, Process
 from tokenmill.trainer.files import replace_file
 
 Row = dict[str, Any]
@@ -27,7 +27,8 @@ Arrays = Mapping[str, NDArray[Any]]
 
 COLUMNS = (
     "date", "cpu", "load", "python", "case", "data", "what", "version", "rate", "unit", "seconds", "spread", "runs",
-    "times", "times of the second", "bins", "padding", "same", "target", "met", "note",
+    "times", "times of the second", "bins", "padding", "twice", "missed", "same steps", "same order", "same", "target",
+    "met", "note",
 )  # fmt: skip
 OURS = "tokenmill"
 MET = {True: ": met", False: ": MISSED", None: ""}
@@ -118,6 +119,13 @@ def in_turn(sides: Sequence[Side], seconds: float, least: int) -> dict[str, list
     return times
 
 
+def start(bench: Bench, peer: Peer, folder: Path) -> Process:
+    """A peer at work on what is in a folder. Raises NotMeasured."""
+    if bench.environments is None:
+        raise NotMeasured("name a folder for its environment (--peers)")
+    return Process(peer, bench.environments, folder)
+
+
 def measured(bench: Bench, case: Case) -> list[Row]:
     """A row for each side: its rate, and how many times as fast ours is."""
     sides = [*case.ours, *case.beside]
@@ -125,16 +133,15 @@ def measured(bench: Bench, case: Case) -> list[Row]:
     with one_core(), ExitStack() as stack:
         for peer in case.peers:
             try:
-                if bench.environments is None:
-                    raise NotMeasured("name a folder for its environment (--peers)")
-                process = Process(peer, bench.environments, case.folder)
+                process = start(bench, peer, case.folder)
                 stack.callback(process.close)
                 with np.load(process.result) as result:
                     work, said = case.check(result)
             except NotMeasured as error:
                 lost[peer.name] = error
                 continue
-            sides.append(Side(peer.name, process, work, {"version": process.version, **said}))
+            note = "; ".join(text for text in (said.get("note"), peer.gives) if text)
+            sides.append(Side(peer.name, process, work, {"version": process.version, **said, "note": note}))
         times = in_turn(sides, bench.seconds, 2 if bench.small else 3)
     rows = []
     about = {"case": case.name, "data": case.data, "unit": case.unit}
@@ -169,7 +176,12 @@ def table(rows: Sequence[Row]) -> str:
             cells.append(f"ours {row['times']:.1f}{second} times as fast")
         if "bins" in row:
             cells.append(f"{row['bins']:,} bins, {row['padding']:.3%} padding")
-        cells += [row["note"]] if "note" in row else []
+        if "twice" in row:
+            cells.append(
+                f"{row['twice']:,} samples twice, {row['missed']:,} missed; {row['same steps']} with the same steps, "
+                f"{row['same order']} in the same order"
+            )
+        cells += [row["note"]] if row.get("note") else []
         if "target" in row:
             cells.append(f"target {row['target']}" + MET[row.get("met")])
         lines.append("  ".join(cells))

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tokenmill.bench import data, data_peers, turns
-from tokenmill.bench.data_peers import NotMeasured, Peer, environment
+from tokenmill.bench import data, data_peers, elastic, environments, turns
+from tokenmill.bench.environments import NotMeasured, Peer, environment
 from tokenmill.bench.turns import Bench, Case, Side
 from tokenmill.data.packing import cut
 from tokenmill.data.stream import TokenStream
@@ -52,9 +52,10 @@ def test_every_case_is_measured(tmp_path, texts, capsys):
     assert {(row["case"], row["data"]) for row in rows} == {
         *((case, name) for case in ("encoder", "prepare", "packing", "assembly") for name in ("notes", "pages")),
         ("permutation", "10^9"), ("packing", "2,000 log-normal lengths"), ("waiting", "notes"),
+        ("resume", "50 samples"),
     }  # fmt: skip
     for row in rows:
-        peer = row["what"] in {p.name for p in vars(data_peers).values() if isinstance(p, list) for p in p}
+        peer = row["what"] in {p.name for p in vars(environments).values() if isinstance(p, list) for p in p}
         assert (row["rate"] == "") == peer
         assert row["note"].startswith("not measured: name a folder") == peer
         assert row["date"] == rows[0]["date"]
@@ -69,6 +70,10 @@ def test_every_case_is_measured(tmp_path, texts, capsys):
     assert found["permutation", "10^9", "tokenmill"]["note"] == "each index once"
     assert found["permutation", "10^9", "tokenmill"]["target"] == ">= 40 M/s"
     assert "steps of" in found["waiting", "notes", "Prefetch"]["note"]
+    assert "boundaries" in found["assembly", "notes", "tokenmill"]["note"]
+    resumed = found["resume", "50 samples", "tokenmill"]
+    assert (resumed["rate"], resumed["unit"], resumed["same"]) == ("9", "whole epochs of 9", "True")
+    assert [resumed[key] for key in ("twice", "missed", "same steps", "same order")] == ["0", "0", "9", "9"]
     assert "assembly, pages, M tokens/s" in capsys.readouterr().out
 
 
@@ -112,7 +117,7 @@ def install_grain(bench: Bench, body: str) -> None:
     python = home / "bin" / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={home} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    (home / "requirements.txt").write_text("".join(f"{line}\n" for line in data_peers.REQUIREMENTS["grain"]))
+    (home / "requirements.txt").write_text("".join(f"{line}\n" for line in environments.REQUIREMENTS["grain"]))
 
 
 @pytest.mark.parametrize(
@@ -139,10 +144,10 @@ def test_a_peer_is_compared_and_costs_no_other(body, said, bench):
 
 def test_a_peer_that_was_ended_between_turns_says_so(bench):
     install_grain(bench, "return i")
-    (peer,) = data_peers.SHUFFLERS
+    (peer,) = environments.SHUFFLERS
     folder = bench.work / "grain"
-    data._write_facts(folder, {"indices": 9, "count": 9, "whole": 9})
-    process = data_peers.Process(peer, bench.environments, folder)
+    environments.write_facts(folder, {"indices": 9, "count": 9, "whole": 9})
+    process = environments.Process(peer, bench.environments, folder)
     assert 0 < process() < 10
     process._process.kill()
     process._process.wait()
@@ -193,6 +198,50 @@ def test_targets_are_judged_against_the_first_of_ours(tmp_path):
     text = turns.table([*rows.values()])
     assert "ours 5.0 (10.0) times as fast  target >= 5 times: met" in text
     assert "target >= 5 times: MISSED" in text
+
+
+def test_without_matplotlib_the_table_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["bench", "data", "--rehearse", "--only", "resume", "--output", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["data.csv"]
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith(f"{tmp_path / 'data.csv'}; no data.png: ")
+    assert last.endswith("(pip install matplotlib)")
+
+
+def laid_out(*epochs: list[list[int]]) -> dict[str, np.ndarray]:
+    """As a peer's process answers."""
+    return data_peers.resumed(lambda *_: (epochs[0], None), {"plans": []}).result([*epochs])
+
+
+def test_what_epochs_have_twice_or_not_at_all_is_said():
+    alone = [[0, 2], [3, 1], [4]]
+    found = elastic.judged(laid_out(alone, alone, [[2, 0], [1, 3], [4]], [[0, 2, 3], [1, 4]], [[0, 2], [0, 0], [4]]), 5)
+    assert found == {"rate": 3, "same": False, "twice": 2, "missed": 2, "same steps": 2, "same order": 1}
+    assert elastic.judged(laid_out(alone, alone, alone), 5)["same"]
+    other = [[1, 0], [2, 3], [4]]  # each sample once, and yet not the run that was stopped
+    assert not elastic.judged(laid_out(alone, other), 5)["same"]
+
+
+def test_a_loader_of_another_project_over_the_matrix(tmp_path):
+    pytest.importorskip("accelerate")
+    plans = [[(1, None)], [(2, 2), (3, None)], [(3, 1), (2, 1), (1, None)]]
+    facts = {"samples": 50, "step": 12, "plans": plans}
+    for function, expected in ((data_peers.accelerate, (0, 20, 0, 2)), (data_peers.accelerate_uneven, (2, 0, 0, 2))):
+        work = function(tmp_path, facts)
+        found = elastic.judged(work.result(work.run()), 50)
+        assert tuple(found[key] for key in ("rate", "twice", "missed", "same order")) == expected
+
+
+def test_what_a_peer_gives_is_in_its_note(bench):
+    install_grain(bench, "return i")
+    (peer,) = environments.SHUFFLERS
+    case = Case(
+        "case", "data", "M/s", [Side("tokenmill", lambda: 0.02, 3)], (), [peer._replace(gives="half of it")],
+        bench.work, lambda _: (1, {"note": "equal"}),
+    )  # fmt: skip
+    environments.write_facts(bench.work, {"indices": 9, "count": 9, "whole": 9})
+    assert turns.measured(bench, case)[1]["note"] == "equal; half of it"
 
 
 def test_a_wrong_packing_is_said():
