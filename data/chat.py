@@ -163,6 +163,24 @@ def sharegpt_messages(row: Mapping[str, Any]) -> list[Message]:
     return messages
 
 
+def with_system(messages: Sequence[Message], row: Mapping[str, Any]) -> Sequence[Message]:
+    """The messages of a row, behind the system prompt that it may have beside them under `system`.
+
+    Raises DataError where they are no list, or hold another one.
+    """
+    if not _is_list(messages):
+        raise DataError(f"'messages' is a {type(messages).__name__}, expected a list")
+    system = row.get("system")
+    if not system:
+        return messages
+    if not isinstance(system, str):
+        raise DataError(f"'system' is a {type(system).__name__}, expected a string")
+    own = [m["content"] for m in messages if isinstance(m, Mapping) and m.get("role") == "system" and m.get("content")]
+    if own and own != [system]:
+        raise DataError("'system' is not the system message among the row's messages: leave one of the two out")
+    return messages if own else [{"role": "system", "content": system}, *messages]
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 

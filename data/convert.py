@@ -7,10 +7,10 @@ Megatron's indexed dataset is two files. `PREFIX.bin` holds sequences of ids, en
     u8        type of the ids: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16
     u64, u64  sequences S, and entries of the last array, one more than documents
     i32 (S,)  ids of each sequence
-    i64 (S,)  where each begins, in bytes
+    i64 (S,)  where each begins, in bytes: not before the end of the one before
     i64       documents, as the number of their first sequence, and at the end S
 
-`.npy` files and other `.bin` files are ids alone; a document ends with the tokenizer's EOS.
+`.npy` files and other `.bin` files are ids alone; a document ends with the tokenizer's EOS, or begins with its BOS.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,13 +37,20 @@ BATCH = 1 << 22  # ids at a time
 
 
 def import_tokens(
-    path: str | Path, tokenizer: Tokenizer | str | Path, output: str | Path, *, dtype: str | None = None
+    path: str | Path,
+    tokenizer: Tokenizer | str | Path,
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    delimiter: Literal["bos", "eos"] = "eos",
 ) -> TokenStream:
     """A token file to the stream `output`: `PREFIX.bin` beside `PREFIX.idx` (or either's name), `.npy`, or ids alone,
-    of type `dtype` (None: u16 where the vocabulary fits, else u32). Ids stay as they are, nothing is put around them.
+    of type `dtype` (None: u16 where the vocabulary fits, else u32), of which `delimiter` ends ("eos") or begins ("bos")
+    each document. Ids stay as they are, nothing is put around them.
 
-    A document of a single token has nothing to predict: such are left out, and their number is said on stderr. Raises
-    DataError where the file is not of its format, or holds an id outside the vocabulary.
+    A document of a single token has nothing to predict: such are left out, and their number is said on stderr, as it is
+    where ids alone hold no delimiter. Raises DataError where the file is not of its format, or holds an id outside the
+    vocabulary; and where neither its name nor `dtype` says that it holds ids.
     """
     path = Path(path)
     if not isinstance(tokenizer, Tokenizer):
@@ -53,8 +60,13 @@ def import_tokens(
         batches = _megatron(index)
     elif not path.is_file():
         raise DataError(f"{path}: no such file")
+    elif path.suffix not in (".bin", ".npy") and dtype is None:
+        raise DataError(
+            f"{path}: expected .bin, .npy or Megatron's .idx: if it holds ids alone, name their type (--dtype)"
+        )
     else:
-        batches = _flat(_ids(path, np.dtype(dtype) if dtype else token_dtype(tokenizer.vocab_size)), tokenizer.eos_id)
+        ids = _ids(path, np.dtype(dtype) if dtype else token_dtype(tokenizer.vocab_size))
+        batches = _flat(path, ids, delimiter, getattr(tokenizer, f"{delimiter}_id"))
     short = 0
     with StreamWriter(output, tokenizer) as writer:
         for ids, lengths in batches:
@@ -83,17 +95,26 @@ def _ids(path: Path, dtype: np.dtype) -> NDArray[Any]:
     return np.memmap(path, dtype, mode="r")
 
 
-def _flat(ids: NDArray[Any], eos_id: int) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
-    """Ids alone in batches of whole documents: ids and lengths. What is after the last EOS is a document too."""
-    rest = np.empty(0, ids.dtype)
+def _flat(
+    path: Path, ids: NDArray[Any], delimiter: Literal["bos", "eos"], token: int
+) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
+    """Ids alone in batches of whole documents: ids and lengths. What is before the first BOS or after the last EOS is a
+    document too."""
+    begin, found = 0, False  # the document in work, which may be far longer than a batch
     for start in range(0, len(ids), BATCH):
-        batch = np.concatenate([rest, ids[start : start + BATCH]])
-        ends = np.flatnonzero(batch == eos_id) + 1
-        if start + BATCH >= len(ids) and (not len(ends) or ends[-1] < len(batch)):
-            ends = np.append(ends, len(batch))
-        end = ends[-1] if len(ends) else 0
-        yield batch[:end], np.diff(ends, prepend=0)
-        rest = batch[end:]
+        at = np.flatnonzero(ids[start : start + BATCH] == token)
+        found |= len(at) > 0
+        ends = at + start + (delimiter == "eos")
+        ends = ends[ends > begin]
+        if len(ends):
+            yield ids[begin : ends[-1]], np.diff(ends, prepend=begin)
+            begin = int(ends[-1])
+    if begin < len(ids):
+        yield ids[begin:], np.array([len(ids) - begin])
+    if len(ids) and not found:
+        other = "bos" if delimiter == "eos" else "eos"
+        remedy = f"taken for one document; are they delimited otherwise (--delimiter {other})?"
+        print(f"{path}: holds no {delimiter.upper()} ({token}): {len(ids):,} ids are {remedy}", file=sys.stderr)
 
 
 def _megatron(index: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
@@ -126,6 +147,10 @@ def _megatron(index: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
         raise DataError(f"{index}: holds a length or a place that is below 0 or between two ids")
     if np.any(pointers > size) or np.any(lengths.astype(np.int64) * width > size - pointers):
         raise DataError(f"{index}: names ids beyond the end of {data.name} ({size:,} bytes)")
+    if np.any(before := pointers[1:] < pointers[:-1] + lengths[:-1].astype(np.int64) * width):
+        raise DataError(
+            f"{index}: sequence {before.argmax() + 1} begins before the end of the one before it: the file is damaged"
+        )
     if not entries or documents[0] != 0 or documents[-1] != sequences or np.any(np.diff(documents) < 0):
         raise DataError(f"{index}: documents are not from sequence 0 to {sequences}")
     ids = np.memmap(data, DTYPES[code], mode="r") if size else np.empty(0, DTYPES[code])

@@ -7,7 +7,9 @@
 | `.parquet` | a row with the same keys as columns |
 
 The first two may be compressed (`.gz`, `.zst`). A conversation is `{"messages": [...]}`, OpenAI's; `{"conversations":
-[...]}`, ShareGPT's; or Alpaca's `instruction`, `input` and `output`.
+[...]}`, ShareGPT's; or Alpaca's `instruction`, `input` and `output`; with `system` beside these, if there is a prompt.
+A row with a conversation or preferences is that, even if it has a text as well, which often is the same put together;
+where the key of the text is named, the text.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, cast
 
-from tokenmill.data.chat import Message, alpaca_messages, parse, sharegpt_messages
+from tokenmill.data.chat import Message, alpaca_messages, parse, sharegpt_messages, with_system
 from tokenmill.data.errors import DataError
 from tokenmill.data.preference import Pair, is_pair, parse_pair
 
 SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+TEXT_KEY = "text"  # where no other is named
 PIECE = 1 << 20  # bytes of content to a piece, or one document where it is larger
 PACKAGES = {".zst": "zstandard", ".parquet": "pyarrow"}
 
@@ -62,7 +65,7 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
     """
     if not inputs:
         raise DataError(f"no input files: pass files ({', '.join(SUFFIXES)}), folders or patterns")
-    found: dict[Path, Input] = {}
+    found: dict[Path, Input] = {}  # by the path that all spellings of it have
     for given in map(str, inputs):
         name, _, place = given.rpartition("=") if not Path(given).exists() else ("", "", given)
         places = [Path(place)] if Path(place).exists() else [Path(p) for p in sorted(glob.glob(place, recursive=True))]
@@ -75,10 +78,10 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
                 if not files:
                     raise DataError(f"{path}: holds no file that ends in {', '.join(SUFFIXES)}")
             for file in files:
-                if file in found:
-                    raise DataError(f"{file}: is given twice, also by {given!r}")
+                if first := found.get(file.resolve()):
+                    raise DataError(f"{first.path}: is given twice, also by {given!r}")
                 own = path.resolve().name if path.is_dir() else file.name.removesuffix(_suffix(file) or "")
-                found[file] = _input(file, name or own)
+                found[file.resolve()] = _input(file, name or own)
     return list(found.values())
 
 
@@ -186,8 +189,10 @@ def _parquet_pieces(file: Input, keys: Sequence[str] | None) -> Iterator[Piece]:
         raise DataError(f"{file.path}: is empty")
 
 
-def rows(piece: Piece, text_key: str = "text") -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows in a piece, and where each is for a message. Raises DataError where one cannot be read."""
+def rows(piece: Piece, text_key: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows in a piece, and where each is for a message; of a .txt, one with its text under the key that `content`
+    will look for. Raises DataError where one cannot be read."""
+    text_key = text_key or TEXT_KEY
     path = piece.input.path
     if path.suffix == ".parquet":
         for number, row in enumerate(piece.content.to_pylist(), piece.first):
@@ -196,6 +201,8 @@ def rows(piece: Piece, text_key: str = "text") -> Iterator[tuple[str, dict[str, 
         return
     try:
         text = piece.content.decode("utf-8")
+        if piece.first == 1:
+            text = text.removeprefix("\ufeff")  # which some editors put before a text
     except UnicodeDecodeError as error:
         before = piece.content[: error.start]
         where, byte = str(path), error.start
@@ -223,29 +230,36 @@ def _is_text(path: Path) -> bool:
     return (_suffix(path) or "").startswith(".txt")
 
 
-def content(row: Mapping[str, Any], text_key: str) -> str | Pair | Sequence[Message]:
-    """What a row holds: a text, a preference pair, or the messages of a conversation. Raises DataError where it holds
-    none of these."""
+def content(row: Mapping[str, Any], text_key: str | None = None) -> str | Pair | Sequence[Message]:
+    """What a row holds: a text, a preference pair, or the messages of a conversation. Of several, the text where
+    `text_key` names it; else the text, under the key "text", comes last. Raises DataError where it holds none."""
+    row = {key: value for key, value in row.items() if value is not None}  # as in a table, null stands for no such key
     if text_key in row:
-        text = row[text_key]
-        if not isinstance(text, str):
-            raise DataError(f"{text_key!r} is a {type(text).__name__}, expected a string")
-        if not text.strip():
-            raise DataError(f"{text_key!r} is empty")
-        return text
+        return _text(row, text_key)
     if is_pair(row):  # before messages, which such rows repeat the chosen ones in
         return parse_pair(row)
     if "messages" in row:
-        return row["messages"]
+        return with_system(row["messages"], row)
     if "conversations" in row:
         return sharegpt_messages(row)
     if "instruction" in row and "output" in row:
         return alpaca_messages(row)
+    if text_key is None and TEXT_KEY in row:
+        return _text(row, TEXT_KEY)
     found = ", ".join(map(repr, row)) or "none"
     raise DataError(
-        f"no key {text_key!r}, 'messages', 'conversations', 'instruction' with 'output', or 'chosen' with 'rejected' "
-        f"(found {found}): name the key of the text (--text-key)"
+        f"no key {text_key or TEXT_KEY!r}, 'messages', 'conversations', 'instruction' with 'output', or 'chosen' with "
+        f"'rejected' (found {found}): name the key of the text (--text-key)"
     )
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    text = row[key]
+    if not isinstance(text, str):
+        raise DataError(f"{key!r} is a {type(text).__name__}, expected a string")
+    if not text.strip():
+        raise DataError(f"{key!r} is empty")
+    return text
 
 
 def texts(content: str | Pair | Sequence[Message]) -> list[str]:
@@ -258,7 +272,15 @@ def texts(content: str | Pair | Sequence[Message]) -> list[str]:
     return [text for text in (system, *(turn.text for turn in turns)) if text]
 
 
-def read_texts(inputs: Sequence[str | Path], text_key: str = "text") -> Iterator[str]:
+def utf8_size(text: str) -> int:
+    """The bytes of a text. Raises DataError where it is not valid Unicode."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can smuggle in
+        raise DataError(f"{text[:40]!r}: holds half of a surrogate pair, which is not text") from None
+
+
+def read_texts(inputs: Sequence[str | Path], text_key: str | None = None) -> Iterator[str]:
     """Every text in the inputs, conversations a message each: what a tokenizer is trained on.
 
     Raises DataError naming file, line and key where one cannot be used.
@@ -268,6 +290,7 @@ def read_texts(inputs: Sequence[str | Path], text_key: str = "text") -> Iterator
             for where, row in rows(piece, text_key):
                 try:
                     found = texts(content(row, text_key))
+                    utf8_size("".join(found))
                 except DataError as error:
                     raise DataError(f"{where}: {error}") from None
                 yield from found

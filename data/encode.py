@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenmill.data import dedupe
 from tokenmill.data.chat import LossOn, render, resolve
 from tokenmill.data.decontaminate import Evaluations
-from tokenmill.data.documents import Piece, content, rows, texts
+from tokenmill.data.documents import Piece, content, rows, texts, utf8_size
 from tokenmill.data.errors import DataError
 from tokenmill.data.preference import Pair, render_pair
 from tokenmill.data.shard import Documents, silent_spans, token_dtype
@@ -48,7 +48,7 @@ class Encoder:
     """How documents are made of rows. A plain one is BOS, its text, EOS; a conversation or a pair is rendered."""
 
     tokenizer: Tokenizer
-    text_key: str
+    text_key: str | None
     source_key: str | None
     template: str
     loss_on: LossOn
@@ -68,7 +68,7 @@ class Encoder:
                 try:
                     found = content(row, self.text_key)
                     text = found if isinstance(found, str) else "\n".join(texts(found))
-                    size = _size(text)
+                    size = utf8_size(text)
                     source = piece.input.source if self.source_key is None else _source(row, self.source_key)
                     if self.evaluations and (shared := self.evaluations.find(text)):
                         contaminated.append((source, where, f"shares {shared!r}"))
@@ -104,13 +104,6 @@ class Encoder:
             pairs,
             chat,
         )
-
-
-def _size(text: str) -> int:
-    try:
-        return len(text.encode())
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can smuggle in
-        raise DataError(f"{text[:40]!r}: holds half of a surrogate pair, which is not text") from None
 
 
 def _source(row: dict[str, Any], key: str) -> str:

@@ -13,6 +13,7 @@ import random
 import threading
 import time
 import urllib.request
+from collections.abc import Collection
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -26,6 +27,7 @@ OWN = {400, 413, 422}  # the request's own: too long, or filtered
 REFUSED = 10  # so many at first, and the settings are wrong rather than the requests
 LONGEST_WAIT = 60.0  # seconds between attempts
 LARGEST = 1 << 24  # bytes of an answer
+SETTINGS = ("max_tokens", "temperature", "seed")  # fields of a body, beside the model and the messages
 
 
 class EndpointError(OSError):
@@ -53,19 +55,28 @@ class Endpoint:
         timeout: float = 600.0,
         attempts: int = 8,
         backoff: float = 1.0,
+        omit: Collection[str] = (),
+        max_tokens_field: str = "max_tokens",
     ) -> None:
         """`key_variable` names the environment variable that holds the key; None takes TOKENMILL_API_KEY, and no key
         where that is not set. A request may take `timeout` seconds, and is made `attempts` times, with waits that
-        double from `backoff` seconds on, or as long as the server asks for.
+        double from `backoff` seconds on, or as long as the server asks for. It is sent without the fields in `omit`
+        (of SETTINGS), and with its most tokens under the name `max_tokens_field`, for servers that refuse ours.
 
-        Raises EndpointError where the address, the key or a number cannot be used.
+        Raises EndpointError where the address, the key, a number or a field cannot be used.
         """
+        if unknown := set(omit) - set(SETTINGS):
+            raise EndpointError(f"omit: {', '.join(sorted(unknown))}: expected some of {', '.join(SETTINGS)}")
+        if not max_tokens_field or max_tokens_field in ("model", "messages", *SETTINGS[1:]):
+            raise EndpointError(f"max_tokens_field is {max_tokens_field!r}: expected one such as max_completion_tokens")
         for name, value in dict(concurrency=concurrency, timeout=timeout, attempts=attempts).items():
             if not 0 < value < 1e6:
                 raise EndpointError(f"{name} is {value}: expected more than 0")
-        self.name = model
         self.width = concurrency
         self._url = _completions(base_url)
+        self._model = model
+        self._fields = {s: max_tokens_field if s == "max_tokens" else s for s in SETTINGS if s not in omit}
+        self.identity = json.dumps([self._url, model, self._fields])
         self._key = _read_key(key_variable)
         self._timeout = timeout
         self._attempts = attempts
@@ -111,13 +122,8 @@ class Endpoint:
 
     def ask(self, request: Request) -> Answer:
         """One request's answer. Raises EndpointError where there is none after all attempts, or never can be."""
-        body = {
-            "model": self.name,
-            "messages": list(map(dict, request.messages)),
-            "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
-            "seed": request.seed,
-        }
+        body = {"model": self._model, "messages": list(map(dict, request.messages))}
+        body |= {name: getattr(request, setting) for setting, name in self._fields.items()}
         content = json.dumps(body).encode()
         attempt = 0
         while True:
@@ -191,7 +197,8 @@ class Endpoint:
         advice = {
             401: f"give the key in {KEY_VARIABLE}, or the variable that --key-variable names",
             403: "the key does not allow it",
-            404: f"is the address right, and {self.name!r} a model of the server's?",
+            404: f"is the address right, and {self._model!r} a model of the server's?",
+            **dict.fromkeys(OWN, "leave a field that the server does not know out (--omit, --max-tokens-field)"),
         }.get(error.code, "the server does not take these requests")
         if 300 <= error.code < 400:
             advice = f"give the address that it redirects to, {self._line(error.headers.get('Location', '').encode())}"

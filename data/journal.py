@@ -49,7 +49,7 @@ class Answer:
 class Generator(Protocol):
     """What answers requests, several at once."""
 
-    name: str  # of the model
+    identity: str  # of whatever its answers come from: with the same one, a request has the same answer
     width: int  # how many requests are worked on at once
 
     @property
@@ -157,5 +157,6 @@ class Journal:
 
 
 def _key(generator: Generator, request: Request) -> str:
-    values = [generator.name, list(map(dict, request.messages)), request.max_tokens, request.temperature, request.seed]
+    messages = list(map(dict, request.messages))
+    values = [generator.identity, messages, request.max_tokens, request.temperature, request.seed]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

@@ -275,10 +275,16 @@ def _padding(plan: Plan) -> float:
 
 
 def sequential_batches(
-    stream: TokenStream, *, sequence_length: int, tokens_per_batch: int, max_tokens: int | None = None
+    stream: TokenStream,
+    *,
+    sequence_length: int,
+    tokens_per_batch: int,
+    max_tokens: int | None = None,
+    overlong: Overlong = "split",
 ) -> Iterator[Batch]:
     """A stream from its beginning, in order and once, in batches of at most `tokens_per_batch` tokens, cut into the
-    same parts as its plan; up to the part that reaches `max_tokens` tokens where that is given.
+    same parts, with the same numbers for ids, as its plan; up to the part that reaches `max_tokens` tokens where that
+    is given.
 
     `source_ids` are the stream's own (indices into `stream.sources`). Raises DataError where a part may not fit a
     batch.
@@ -287,13 +293,13 @@ def sequential_batches(
         raise DataError(
             f"sequence_length {sequence_length} must be from 2 to tokens_per_batch, which is {tokens_per_batch}"
         )
-    return _sequential_batches(stream, sequence_length, tokens_per_batch, max_tokens)
+    return _sequential_batches(stream, sequence_length, tokens_per_batch, max_tokens, overlong)
 
 
 def _sequential_batches(
-    stream: TokenStream, sequence_length: int, tokens_per_batch: int, max_tokens: int | None
+    stream: TokenStream, sequence_length: int, tokens_per_batch: int, max_tokens: int | None, overlong: Overlong
 ) -> Iterator[Batch]:
-    documents, begins, lengths, _ = cut(stream, sequence_length)
+    documents, begins, lengths, _ = cut(stream, sequence_length, overlong)
     ends = np.cumsum(lengths)
     stop = len(ends) if max_tokens is None else int(np.searchsorted(ends, max_tokens)) + 1
     gather = _Gather([stream], pinned=False)

@@ -72,8 +72,8 @@ class Plan:
                 f"{stream.folder}: {count:,} of {len(stream):,} documents have more than {sequence_length:,} tokens "
                 f"(the longest {stream.lengths.max():,}): split or reject them, or choose a longer sequence"
             )
-        if overlong != "reject":
-            overlong = "split"  # one without overlong documents is the same plan either way
+        if overlong != "reject" or not count_overlong(stream, sequence_length):
+            overlong = "split"  # without overlong documents it is the same plan either way
         name = f"plan-{sequence_length}" + ("-reject" if overlong == "reject" else "")
         home = Path(stream.folder if folder is None else folder) / name
         content = f"{VERSION} {stream.fingerprint} {sequence_length} {overlong}"

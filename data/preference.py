@@ -6,8 +6,10 @@ first, and the prompt is there once. Rows come as Hugging Face's data sets have 
 
 | `chosen`, `rejected` | the prompt |
 | --- | --- |
-| texts | `prompt` (or `question`, with `system`), a text or messages |
+| texts | `prompt` (or `question`), a text or messages |
 | messages, the last one the answer | their other messages, the same in both; else `prompt` as above |
+
+A `system` prompt in a field of its own comes before any of these.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ def parse_pair(row: Mapping[str, Any]) -> Pair:
         prompt = before
     if not prompt:
         raise DataError("no prompt: expected 'prompt', or messages before the answer in 'chosen' and 'rejected'")
+    prompt = list(chat.with_system(prompt, row))
     if chat.parse(prompt)[1][-1].role != "user":
         raise DataError("the prompt ends with an answer: its last message must be the user's")
     return Pair(prompt, chosen, rejected)
@@ -84,8 +87,7 @@ def _prompt(row: Mapping[str, Any]) -> list[Message]:
         return list(prompt)
     if not isinstance(prompt, str):
         raise DataError(f"'prompt' is a {type(prompt).__name__}, expected a text or messages")
-    system = row.get("system")
-    return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
+    return [{"role": "user", "content": prompt}]
 
 
 def render_pair(pair: Pair, tokenizer: Tokenizer, template: str = "auto") -> tuple[list[int], list[int]]:

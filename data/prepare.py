@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tokenmill.data.chat import LossOn
 from tokenmill.data.decontaminate import Evaluations
 from tokenmill.data.dedupe import Dedupe, SeenKeys
-from tokenmill.data.documents import PIECE, Input, Piece, find_inputs, pieces
+from tokenmill.data.documents import PIECE, TEXT_KEY, Input, Piece, find_inputs, pieces
 from tokenmill.data.encode import MIXED, Encoded, Encoder, encode
 from tokenmill.data.errors import DataError
 from tokenmill.data.merge import differ
@@ -31,7 +31,7 @@ from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer
 from tokenmill.data.writer import StreamWriter
 
-VERSION = 3  # of how documents are made and compared: work of another version is begun anew
+VERSION = 4  # of how documents are made and compared: work of another version is begun anew
 # That a row may have beside its text.
 COLUMNS = ("messages", "conversations", "instruction", "input", "output", "system", "history")
 COLUMNS += ("prompt", "question", "chosen", "rejected")
@@ -51,7 +51,7 @@ def prepare(
     tokenizer: Tokenizer | str | Path,
     output: str | Path,
     *,
-    text_key: str = "text",
+    text_key: str | None = None,
     source_key: str | None = None,
     template: str = "auto",
     loss_on: LossOn = "all",
@@ -69,9 +69,10 @@ def prepare(
     A plain document is BOS, its text, EOS; a conversation is rendered with `template`, with loss on all its answers or
     on the last (data/chat.py); a preference pair, beside which a stream holds nothing else, is rendered with it too
     (data/preference.py). A stream says how, and takes in none that are rendered otherwise. Documents keep the order of
-    the inputs. `source_key` is the field of a row that names its source; None takes the name of the input. `dedupe`
-    leaves out what repeats an earlier document of these inputs (data/dedupe.py), `decontaminate` what shares text with
-    evaluation files (data/decontaminate.py); the stream's report (data/report.py) counts both.
+    the inputs. `text_key` is the field of a row that is its text, whatever else it holds (None: see data/documents.py).
+    `source_key` is the field that names its source; None takes the name of the input. `dedupe` leaves out what repeats
+    an earlier document of these inputs (data/dedupe.py), `decontaminate` what shares text with evaluation files
+    (data/decontaminate.py); the stream's report (data/report.py) counts both.
 
     Called again after it was killed, with the same arguments and inputs, it goes on after the last finished shard.
 
@@ -80,6 +81,8 @@ def prepare(
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.open(tokenizer)
     files, evaluation_files = find_inputs(inputs), find_inputs(decontaminate) if decontaminate else []
+    if append and dedupe:
+        print(f"dedupe: within these inputs; not against the documents that {output} holds", file=sys.stderr)
     evaluations = None
     if evaluation_files:
         evaluations = Evaluations(evaluation_files)
@@ -125,7 +128,8 @@ def prepare(
             seen.add(np.fromfile(writer.partial / "keys", np.uint64))
             bar.update(place.bytes)
             print(f"{output}: going on after {place.bytes:,} of {total:,} bytes", file=sys.stderr)
-        chunks = iter(()) if writer.done else _chunks(files, place, [text_key, source_key or text_key, *COLUMNS])
+        columns = [*COLUMNS, text_key or TEXT_KEY, *([source_key] if source_key else [])]
+        chunks = iter(()) if writer.done else _chunks(files, place, columns)
         for place, encoded in encode(chunks, encoder, min(workers, total // PIECE + 1)):
             for source, *example in encoded.contaminated:
                 report.contaminated[source] += 1
@@ -137,7 +141,8 @@ def prepare(
                 _count_duplicates(report, encoded, ~new, tokenizer)
             if encoded.pairs is not None:
                 if writer.pairs not in (None, encoded.pairs):
-                    raise DataError(f"{encoded.places[0]}: {MIXED}")
+                    held = "pairs" if writer.pairs else "other documents"
+                    raise DataError(f"{encoded.places[0]}: {MIXED} ({output} has {held})")
                 writer.pairs = encoded.pairs
             if encoded.chat is not None:
                 if writer.chat not in (None, encoded.chat):
@@ -161,6 +166,7 @@ def _job(arguments: Sequence[Any], files: Sequence[Input]) -> str:
 def _chunks(files: Sequence[Input], start: Place, columns: Sequence[str]) -> Iterator[tuple[Place, list[Piece]]]:
     """The pieces of the files after `start`, gathered until they are worth sending, and where each chunk ends."""
     chunk: list[Piece] = []
+    size = 0  # bytes of the chunk
     before = sum(file.size for file in files[: start.input])
     place = start
     for i in range(start.input, len(files)):
@@ -169,10 +175,11 @@ def _chunks(files: Sequence[Input], start: Place, columns: Sequence[str]) -> Ite
             if done <= skip:
                 continue
             chunk.append(piece)
+            size += piece.size
             place = Place(i, done, before + piece.end)
-            if sum(piece.size for piece in chunk) >= PIECE:
+            if size >= PIECE:
                 yield place, chunk
-                chunk = []
+                chunk, size = [], 0
         before += files[i].size
     if chunk:
         yield place, chunk

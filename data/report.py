@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from tokenmill.data.errors import DataError
+from tokenmill.data.shard import AGAIN
 from tokenmill.data.stream import TokenStream
-from tokenmill.data.tokenizer import Tokenizer
 
 EXAMPLES = 5  # of each kind that are kept
 
@@ -28,8 +29,9 @@ class Report:
 
     @staticmethod
     def load(values: Mapping[str, Any]) -> Report:
-        """A report as `asdict` made it."""
-        loaded: dict[str, Any] = {k: Counter(v) if isinstance(v, dict) else list(v) for k, v in values.items()}
+        """A report as `asdict` made it; what else is in it is of another version."""
+        known = {key: values[key] for key in vars(Report()) if key in values}
+        loaded: dict[str, Any] = {k: Counter(v) if isinstance(v, dict) else list(v) for k, v in known.items()}
         return Report(**loaded)
 
     def asdict(self) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def joined(reports: Iterable[Mapping[str, Any] | None]) -> dict[str, Any] | None
 
 def inspect(folder: str | Path) -> str:
     """What a stream holds, as text to print: counts, tokenizer, sources, lengths, what was left out, and the beginning
-    of a document."""
+    of a document. Raises DataError where the stream cannot be opened, or a part that is read for that is damaged."""
     stream = TokenStream.open(folder)
     documents = len(stream)
     loss = int(stream.loss_tokens(np.arange(documents), np.zeros(documents, np.int64), stream.lengths).sum())
@@ -96,8 +98,12 @@ def inspect(folder: str | Path) -> str:
     ):
         if removed:
             lines.append(f"{what + ' removed':<21} {removed.total():,}, such as")
-            lines += [f"  {where}: {line}" for where, line in examples]
-    excerpt = Tokenizer.open(stream.folder).decode(stream.document(0)[:200])
+            lines += [f"  {': '.join(example)}" for example in examples]
+    tokenizer, ids = stream.tokenizer(), stream.document(0)[:200]
+    if ids.max() >= tokenizer.vocab_size:
+        problem = f"holds token {ids.max()}, outside the vocabulary of {tokenizer.vocab_size}"
+        raise DataError(f"{stream.shards[0].path}: {problem}; {AGAIN}")
+    excerpt = tokenizer.decode(ids)
     lines += ["first document", "  " + " ".join(excerpt.split())[:300]]
     return "\n".join(lines)
 
@@ -108,7 +114,8 @@ def rendering(chat: Mapping[str, str]) -> str:
 
 
 def _pairs(stream: TokenStream) -> str:
-    silent = np.concatenate([shard.silent for shard in stream.shards]).astype(np.int64).reshape(-1, 2, 2)
+    silent = np.concatenate([shard.silent for shard in stream.shards]).astype(np.int64)
+    silent = silent.reshape(-1, 2, 2)
     prompt, copy = (silent[:, i, 1] - silent[:, i, 0] for i in (0, 1))  # of a prompt the last token is there twice
     chosen = silent[:, 1, 0] - silent[:, 0, 1]
     rejected = stream.lengths - prompt - chosen - copy

@@ -102,6 +102,15 @@ class Shard:
             verify_file(shard_file(folder, index, kind), files[kind])
         return shard
 
+    def holds_pairs(self) -> bool:
+        """Whether its documents are preference pairs (data/preference.py): each has two spans without loss, the prompt
+        at its beginning and one token between the answers."""
+        if len(self.silent) != 2 * (len(self.offsets) - 1):
+            return False
+        (prompt, answer), (answer_end, rejected) = self.silent.reshape(-1, 2, 2).transpose(1, 2, 0)
+        begins = (prompt == self.offsets[:-1]) & (answer < answer_end)
+        return bool(np.all(begins & (rejected == answer_end + 1) & (rejected < self.offsets[1:])))
+
     def check(self, begin: int, end: int) -> None:
         """That tokens [begin, end) are as they were written: each block is read and summed the first time that a
         token of it is wanted, so nothing damaged is trained on and nothing is read before it is needed.

@@ -26,7 +26,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 LARGEST = 1 << 30  # bytes of a file that is read at once: the manifest of a stream of 50 TB
 COUNT = range(1 << 63)
-# What a manifest holds, beside what only some streams have.
+# What a manifest holds.
 FORM = {
     "byte_order": str,
     "dtype": str,
@@ -46,6 +46,15 @@ FORM = {
             "files": {kind: {"sha256": str, "crc32": [range(1 << 32)]} for kind in KINDS},
         }
     ],
+}
+# What those of some streams hold as well.
+MORE = {
+    "pairs": bool,
+    "chat": {"template": str, "loss_on": str},
+    "report": {
+        **{key: {str: COUNT} for key in ("bytes", "duplicates", "contaminated")},
+        **{key: [[str]] for key in ("duplicate_examples", "contaminated_examples")},
+    },
 }
 
 
@@ -74,20 +83,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: version {manifest.get('version')!r}, expected {VERSION}; {AGAIN}")
     if not whole:
         raise DataError(f"{path}: does not match its own fingerprint: the file was changed or damaged; {AGAIN}")
-    if problem := _mismatch(manifest, FORM):
+    if problem := _mismatch(manifest, FORM | {key: form for key, form in MORE.items() if key in manifest}):
         raise DataError(f"{path}: {problem.lstrip('.')}; {AGAIN}")
     return manifest
 
 
 def _mismatch(value: Any, form: Any) -> str | None:
     """Where a value read from JSON is not of a form, and how; None where it is. A form is a type, a range of integers,
-    a list with the form of every item, or a dictionary with the forms of some keys."""
+    a list with the form of every item, or a dictionary with the forms of some keys, or with that of every one for
+    `str`."""
     kind = int if isinstance(form, range) else form if isinstance(form, type) else type(form)
     if type(value) is not kind:
         return f" is of a wrong type, {type(value).__name__}: expected {kind.__name__}"
     if isinstance(form, range) and value not in form:
         return f" is out of range: expected {form.start} to {form.stop - 1}"
-    if isinstance(form, dict):
+    if isinstance(form, dict) and str in form:
+        for key, item in value.items():
+            if problem := _mismatch(item, form[str]):
+                return f"[{key!r}]{problem}"
+    elif isinstance(form, dict):
         for key, inner in form.items():
             if key not in value:
                 return f".{key} is missing"
@@ -151,6 +165,10 @@ class TokenStream:
             Shard.open(folder, i, entry, vocab_size, len(manifest["sources"]))
             for i, entry in enumerate(manifest["shards"])
         ]
+        for i, shard in enumerate(shards):
+            if manifest.get("pairs") and not shard.holds_pairs():
+                path = shard_file(folder, i, "silent")
+                raise DataError(f"{path}: spans are not those of preference pairs, two a document; {AGAIN}")
         return TokenStream(folder, manifest, shards)
 
     def __len__(self) -> int:
@@ -195,17 +213,21 @@ class TokenStream:
                 raise DataError(
                     f"{shard.path}: holds token {largest}, outside the vocabulary of {self.vocab_size}; {AGAIN}"
                 )
-        model = self.folder / MODEL_FILE
-        there = model.is_file() and model.stat().st_size <= LARGEST
-        if not there or hashlib.sha256(model.read_bytes()).hexdigest() != self.tokenizer_sha256:
-            raise DataError(f"{model}: not the tokenizer that made this stream; {AGAIN}")
-        tokenizer = Tokenizer.open(self.folder)
+        tokenizer = self.tokenizer()
         for name in ("vocab_size", "bos_id", "eos_id"):
             if getattr(self, name) != getattr(tokenizer, name):
                 raise DataError(
                     f"{self.folder / MANIFEST}: tokenizer.{name} is {getattr(self, name)}, in {MODEL_FILE} it is "
                     f"{getattr(tokenizer, name)}; {AGAIN}"
                 )
+
+    def tokenizer(self) -> Tokenizer:
+        """The one that made this stream. Raises DataError where the folder has it no more."""
+        model = self.folder / MODEL_FILE
+        there = model.is_file() and model.stat().st_size <= LARGEST
+        if not there or hashlib.sha256(model.read_bytes()).hexdigest() != self.tokenizer_sha256:
+            raise DataError(f"{model}: not the tokenizer that made this stream; {AGAIN}")
+        return Tokenizer.open(self.folder)
 
     def _locate(self, i: int) -> tuple[Shard, int, int]:
         if not 0 <= i < len(self):

@@ -31,7 +31,7 @@ class Report:
         """Count an answer to one of such requests."""
         self.counts[requests] += 1
         if answer.refused:
-            self.drop("refused by the server", answer.refused)
+            self.drop("refused", answer.refused)
 
     def used(self, journal: Journal) -> None:
         """Note how many answers are new."""

@@ -123,6 +123,11 @@ class Tokenizer:
         """
         return self._encode(texts, self._processor, self._cache)
 
+    @property
+    def is_plain_bpe(self) -> bool:
+        """Whether it is BPE of a text as it stands, without unused pieces: what `_Cache` and others can state anew."""
+        return self._cache is not None
+
     @cached_property
     def _continuing(self) -> tuple[SentencePieceProcessor, _Cache | None]:
         """Of the same model, but that it puts no space in front of a text."""
@@ -267,15 +272,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | Path) -
     Byte fallback, so that every text can be encoded; identity normalisation and no stripping, so that nothing is lost;
     digits split; ids of unk, bos, eos = 0, 1, 2. The same texts give the same file.
 
-    Raises DataError where the texts cannot give a vocabulary of that size.
+    Raises DataError where the texts cannot give a vocabulary of that size, and whatever `texts` raises.
     """
     output = Path(output)
+    longest = 1 << 20  # bytes of a line: longer ones are cut, as sentencepiece would leave them out
+    stopped: list[BaseException] = []  # sentencepiece says what ended the texts in lines of its own
+
+    def lines() -> Iterator[str]:
+        try:
+            for text in texts:
+                for line in text.splitlines():
+                    parts = (line[i : i + longest // 4] for i in range(0, len(line), longest // 4))
+                    yield from (part for part in parts if part.strip())
+        except (Exception, KeyboardInterrupt) as error:
+            stopped.append(error)
+            raise
+
     if output.is_dir():
         raise DataError(f"{output}: is a folder: pass the model file to write, such as {output / MODEL_FILE}")
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines() if line.strip()),
+            sentence_iterator=lines(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -284,7 +302,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | Path) -
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             split_digits=True,
-            max_sentence_length=1 << 20,
+            max_sentence_length=longest,
             num_threads=1,
             unk_id=0,
             bos_id=1,
@@ -293,6 +311,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | Path) -
             minloglevel=2,
         )
     except RuntimeError as error:
+        if stopped:
+            raise stopped[0] from None
         reason = str(error).rsplit("] ", 1)[-1].strip()  # without the file, line and condition of sentencepiece
         raise DataError(
             f"{output}: no vocabulary of {vocab_size} pieces can be trained on these texts: {reason}"

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tokenmill.data.stream import (
     MAGIC,
     MANIFEST,
     VERSION,
+    TokenStream,
     fingerprint_of,
     read_manifest,
     replace_synced,
@@ -55,20 +57,19 @@ class StreamWriter:
         tokenizer, `append` is given; with the latter also where there is none.
         """
         self.folder = Path(folder)
-        self._base = read_manifest(self.folder) if append else None
-        if self._base is not None:
-            check_tokenizer(self.folder, self._base, tokenizer.name, tokenizer.sha256)
-        else:
-            _check_free(self.folder, overwrite)
+        self._tokenizer = tokenizer
+        self._overwrite = overwrite
+        self._append = append
+        self._base = self._read_base()
         self.partial = self.folder.with_name(f".{self.folder.name}.partial")  # what is in work; the caller's too
         self.state: dict[str, Any] | None = None
         self.done = False  # whether all was appended before, and only the end of the process was missing
         self.report: dict[str, Any] | None = None  # to be kept in the manifest
-        self.pairs: bool | None = None  # whether the documents are preference pairs
-        self.chat: dict[str, str] | None = self._base and self._base.get("chat")  # how conversations are rendered
+        # What the documents have in common; where there are some already, that which these have.
+        self.pairs: bool | None = None  # whether they are preference pairs
+        self.chat: dict[str, str] | None = None  # how conversations are rendered
         self._stream = self.partial / "stream"
         self._progress = self.partial / "progress.json"
-        self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._shard_tokens = shard_tokens
         self._job = job
@@ -78,13 +79,46 @@ class StreamWriter:
         self._shard: ShardWriter | None = None
 
     def __enter__(self) -> StreamWriter:
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.partial, os.O_RDONLY)
+        self._lock = self._lock_partial()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the system however the process ends
-        except OSError:
+            self._base = self._read_base()  # again: until now another writer may have changed it
+            self._begin()
+        except BaseException:
+            with suppress(OSError):  # work begun stays
+                self.partial.rmdir()
             os.close(self._lock)
-            raise DataError(f"{self.folder}: is being written by another process") from None
+            raise
+        return self
+
+    def _read_base(self) -> dict[str, Any] | None:
+        """The manifest of the stream that is appended to, if one is. Raises DataError where there must be no stream, or
+        not the one there is."""
+        if not self._append:
+            _check_free(self.folder, self._overwrite)
+            return None
+        base = read_manifest(self.folder)
+        check_tokenizer(self.folder, base, self._tokenizer.name, self._tokenizer.sha256)
+        return base
+
+    def _lock_partial(self) -> int:
+        """A descriptor of `partial` with its lock, which the system lets go however the process ends."""
+        while True:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.partial, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+                raise DataError(f"{self.folder}: is being written by another process") from None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), self.partial.stat()):
+                    return lock
+            os.close(lock)  # of a folder that another writer has removed as it ended
+
+    def _begin(self) -> None:
+        """Go on after the shards of an earlier writer for this job, or make room for the first."""
+        if self._base is not None:
+            self.pairs, self.chat = self._base.get("pairs", False), self._base.get("chat")
         progress = self._load_progress()
         before = self._base and self._base["fingerprint"]
         self.done = before is not None and (progress.get("job"), progress.get("after")) == (self._job, before)
@@ -102,7 +136,6 @@ class StreamWriter:
             for path in self.partial.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             self._stream.mkdir()
-        return self
 
     def add(self, tokens: Sequence[int] | NDArray[Any], mask: ArrayLike | None = None, *, source: str) -> None:
         """Append a document: its ids (L,), BOS and EOS included, and where given a mask (L,), 0 on tokens without loss.
@@ -221,6 +254,9 @@ class StreamWriter:
             manifest["report"] = self.report
         replace_synced(self._stream / MODEL_FILE, tokenizer.model)
         write_manifest(self._stream, manifest)
+        TokenStream.open(self._stream)  # what cannot be opened does not take the place of what can, or join it
+        if self._read_base() != self._base:  # by something that has no need of the lock
+            raise DataError(f"{self.folder}: was changed as documents for it were prepared: append them again")
         if self._base is not None:
             joined = add_shards(self.folder, self._base, [self._stream])
             self._save_progress(after=fingerprint_of(joined))

@@ -14,7 +14,8 @@ from torch import Tensor
 from tokenmill.trainer import shards
 from tokenmill.trainer.config import ConfigError, build
 from tokenmill.trainer.distributed import World
-from tokenmill.trainer.model.config import AdapterConfig
+from tokenmill.trainer.model.config import AdapterConfig, ModelConfig
+from tokenmill.trainer.model.weights import read_hf_config
 from tokenmill.trainer.shards import MANIFEST, read_manifest, shard_name
 
 
@@ -58,6 +59,26 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     with shards.open_shard(folder / shard_name("model", 0)) as shard:
         names = sorted(shard.keys())
     return {name: shards.whole(folder, ranks, name) for name in names}
+
+
+def hugging_face_base(folder: Path, base: Base, named: str | None = None) -> str | None:
+    """What PEFT is to call the base of the adapters in `folder`: as `named`, a Hugging Face folder of its shape or a
+    name on the hub; else its own path, None where a checkpoint of ours is there.
+
+    Raises ValueError naming the folder that is none of Hugging Face's, or has another shape.
+    """
+    if named is None:
+        return None if (Path(base.path) / MANIFEST).is_file() else base.path
+    if (there := Path(named)).exists():
+        config, ours = read_hf_config(there), build(ModelConfig, read_manifest(folder).get("model") or {}, "model.")
+        for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "moe"):
+            if (theirs := getattr(config, key)) != (expected := getattr(ours, key)):
+                raise ValueError(f"{there}: its model has {key} = {theirs}, that beneath the adapters {expected}")
+    elif named.count("/") > 1 or named.startswith((".", "/", "~")):
+        raise ValueError(
+            f"{named}: no such folder; expected one of Hugging Face's, or a name on the hub, as owner/name"
+        )
+    return named
 
 
 def check_base(folder: Path, base: Base) -> None:

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import shutil
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,15 @@ from tokenmill.trainer.config import ConfigError, Recipe, build
 from tokenmill.trainer.distributed import World
 from tokenmill.trainer.files import replace_folder, sync
 from tokenmill.trainer.model import ModelConfig, Transformer, lora
-from tokenmill.trainer.model.config import AdapterConfig
-from tokenmill.trainer.model.quantise import NF4Weight, dequantise, quantise
+from tokenmill.trainer.model.quantise import NF4Weight
 from tokenmill.trainer.model.weights import (
+    Filled,
     base_weights,
     copy_tokenizer,
     layout_of,
     load_weights,
     read_hf_config,
     stored_dtype,
-    view_of,
 )
 from tokenmill.trainer.shards import FORMAT, MANIFEST, read_manifest, shard_name, verify
 from tokenmill.trainer.state import TrainState
@@ -197,40 +196,31 @@ def fill_model(model: Transformer, folder: Path) -> None:
 
     Raises ValueError naming the file or tensor; the model's weights are then undefined.
     """
+    _fill(model, folder, base_weights(model))
+
+
+def _fill(model: Transformer, folder: Path, targets: Mapping[str, Tensor | Filled]) -> None:
     if not (folder / MANIFEST).is_file():
-        load_weights(model, folder)
+        load_weights(model, folder, targets)
     elif adapted := read_adapter(folder):
-        _fill_merged(model, folder, *adapted)
+        adapter, base = adapted
+        check_base(folder, base)
+        if any(isinstance(target, NF4Weight) for target in targets.values()):
+            raise ValueError(
+                f"{folder}: holds adapters, which cannot be merged into weights in 4 bits; `tokenmill export` it, and "
+                "start from that"
+            )
+        _fill(model, Path(base.path), lora.merging(targets, model.config, adapter, adapter_tensors(folder)))
     else:
-        targets, ranks = base_weights(model), read_manifest(folder)["ranks"]
-        packed = {name: target for name, target in targets.items() if isinstance(target, NF4Weight)}
-        shards.fill(folder, "model", ranks, {n: t for n, t in targets.items() if isinstance(t, Tensor)}, packed.keys())
-        where = layout_of(model.config).values() if packed else ()
-        for name, target in packed.items():  # one at a time: the whole is never here but in 4 bits
+        ranks = read_manifest(folder)["ranks"]
+        others = {name: target for name, target in targets.items() if not isinstance(target, Tensor)}
+        shards.fill(folder, "model", ranks, {n: t for n, t in targets.items() if isinstance(t, Tensor)}, others.keys())
+        where = layout_of(model.config).values() if others else ()
+        for name, target in others.items():  # one at a time: the whole is never here
             matrix = shards.whole(folder, ranks, name).view(-1, target.shape[-1])
             for start, count in [(rows.start, rows.shape[0]) for rows in where if rows.ours == name]:
                 target.fill(start, matrix[start : start + count])
     _set_balance_bias(model, folder)
-
-
-def _fill_merged(model: Transformer, folder: Path, adapter: AdapterConfig, base: Base) -> None:
-    """The base's weights, as they were in training, with the adapters in `folder` merged into them."""
-    check_base(folder, base)
-    fill_model(model, Path(base.path))
-    targets = base_weights(model)
-    quantised = adapter.quantise == "nf4"
-    if any(isinstance(t, NF4Weight) or (quantised and isinstance(t, DTensor)) for t in targets.values()):
-        raise ValueError(
-            f"{folder}: holds adapters, which cannot be merged into weights in 4 bits, nor such into sharded ones; "
-            f"`tokenmill export` it, and start from that"
-        )
-    if quantised:
-        packed = lora.quantised_weights(model.config, adapter)
-        for rows in layout_of(model.config).values():
-            if rows.ours in packed:
-                part = view_of(targets, rows)  # type: ignore[arg-type]
-                part.copy_(dequantise(quantise(part), part.shape, part.dtype))
-    lora.merge_into(model, adapter, adapter_tensors(folder))
 
 
 def _set_balance_bias(model: Transformer, folder: Path) -> None:
@@ -282,6 +272,22 @@ def load_training(
     _set_balance_bias(model, folder)
     load_moments(folder, model, optimizer)
     return TrainState.from_json(manifest["state"])
+
+
+def load_adapters(folder: Path, model: Transformer, base: Base, world: World) -> None:
+    """Begin with the adapters in a checkpoint: `model` must have such ones, on the same base.
+
+    Raises ValueError naming the folder and what differs; the model's adapters are then undefined.
+    """
+    verify(folder, world)
+    if (stored := read_adapter(folder)) is None:
+        raise ValueError(
+            f"{folder}: adapter.path: holds no adapters; name a checkpoint with some, or a folder of PEFT's"
+        )
+    assert model.adapter is not None
+    check_adapter(folder, dataclasses.replace(model.adapter, path=stored[0].path), base)
+    shards.fill(folder, "model", read_manifest(folder)["ranks"], _trained(model))
+    _set_balance_bias(model, folder)
 
 
 def load_moments(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:

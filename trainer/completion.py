@@ -50,7 +50,7 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, template: str | None) -> list[i
     row = prompt.row
     try:
         if "messages" in row and template is not None:
-            return chat.prompt(row["messages"], tokenizer, template)
+            return chat.prompt(chat.with_system(row["messages"], row), tokenizer, template)
         text = row.get("prompt", row.get("instruction"))
         if not isinstance(text, str):
             found = ", ".join(map(repr, row)) or "none"

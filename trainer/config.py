@@ -16,6 +16,8 @@ from tokenmill.trainer.model.config import AdapterConfig, ModelConfig
 
 T = TypeVar("T")
 
+Overlong = Literal["split", "reject", "error"]  # what becomes of documents longer than the sequence
+
 
 class ConfigError(ValueError):
     """A recipe that says something impossible; the message names the key and what was expected."""
@@ -43,7 +45,9 @@ class DataSection:
     sequence_length: int  # tokens of a pack, and the longest part of a document
     packs_per_step: int  # over all micro-batches and ranks
     packs_per_micro_batch: int = 1
-    overlong: Literal["split", "reject", "error"] = "split"  # documents longer than sequence_length
+    # documents longer than sequence_length: cut into parts, left out, or an error. None: split in pretraining; reject
+    # in sft, where an answer needs its instruction; error in dpo, where a pair is never split
+    overlong: Overlong | None = None
     validation: tuple[str, ...] = ()  # streams whose losses are reported apart, under their folders' names
     validation_tokens: int | None = None  # of each; None: all
 
@@ -71,7 +75,7 @@ class OptimizerSection:
     kind: Literal["adamw", "rmsprop"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)  # decay of the moments; rmsprop has the second alone
     eps: float = 1e-8
-    weight_decay: float = 0.1  # of matrices; norms are left alone
+    weight_decay: float = 0.1  # of weights and adapters' factors; norms and DoRA's magnitudes are left alone
     clip_norm: float = 1.0
     moments: str | None = None  # a checkpoint, or a run's output, whose moments training begins with; None: zeros
 
@@ -104,6 +108,28 @@ class DpoSection:
 
 
 @dataclass(frozen=True)
+class EvaluateSection:
+    """[[evaluate]]: questions to answer during training, as `tokenmill eval` does (trainer/evaluate); the metrics are
+    reported with the validation losses, as `name/accuracy`.
+    """
+
+    questions: str  # a file of them
+    name: str | None = None  # None: the file's, without what follows the first dot
+    every: int | None = None  # steps; None: at the end only
+    strategy: Literal["zero-shot", "few-shot", "knn", "chain-of-thought", "self-consistency", "medprompt"] = "zero-shot"
+    by: Literal["text", "letter", "generate"] | None = None  # None: text, or generate where only that works
+    template: str = "auto"
+    shots: str | None = None  # a file of other questions, for worked examples
+    k: int | None = None  # examples in a prompt; None: 5
+    limit: int | None = None  # only the first questions
+    max_new_tokens: int | None = None  # of a generated answer
+
+    @property
+    def title(self) -> str:
+        return self.name or Path(self.questions).name.split(".")[0]
+
+
+@dataclass(frozen=True)
 class KernelsSection:
     attention: Literal["auto", "flash", "sdpa", "reference"] = "auto"
     moe: Literal["auto", "triton", "megablocks", "grouped_mm", "reference"] = "auto"
@@ -131,8 +157,15 @@ class Recipe:
     loss: LossSection = field(default_factory=LossSection)
     dpo: DpoSection = field(default_factory=DpoSection)
     adapter: AdapterConfig | None = None  # None: every weight is trained
+    evaluate: tuple[EvaluateSection, ...] = ()
     kernels: KernelsSection = field(default_factory=KernelsSection)
     log: LogSection = field(default_factory=LogSection)
+
+    @property
+    def overlong(self) -> Overlong:
+        """What becomes of the sources' documents that are longer than the sequence."""
+        usual: dict[str, Overlong] = {"pretrain": "split", "sft": "reject", "dpo": "error"}
+        return self.data.overlong or usual[self.objective]
 
     def __post_init__(self) -> None:
         def expect(condition: bool, key: str, expected: str, got: Any) -> None:
@@ -182,6 +215,12 @@ class Recipe:
         expect(0 <= self.seed < 2**63, "seed", "0 to 2**63 - 1", self.seed)
         names = [Path(folder).name for folder in self.data.validation]
         expect(len({*names}) == len(names), "data.validation", "folders with different names, for the report", names)
+        names += [section.title for section in self.evaluate]
+        expect(len({*names}) == len(names), "evaluate", "names that no other and no validation stream has", names)
+        for i, section in enumerate(self.evaluate):
+            for key in ("every", "k", "limit", "max_new_tokens"):
+                value = getattr(section, key)
+                expect(value is None or value > 0, f"evaluate.{i}.{key}", "a positive integer", value)
         for key in ("balance", "balance_bias", "router_z", "z", "neftune_alpha"):
             expect(getattr(self.loss, key) >= 0, f"loss.{key}", "0 or more", getattr(self.loss, key))
         if self.loss.neftune_alpha and self.objective != "sft":
@@ -196,6 +235,20 @@ class Recipe:
         expect(0 <= smoothing < 0.5, "dpo.label_smoothing", "0 to below 0.5", smoothing)
         if self.dpo.loss != "sigmoid":
             expect(not smoothing, "dpo.label_smoothing", "0 unless dpo.loss is sigmoid", smoothing)
+        if self.objective == "dpo":
+            expect(not self.loss.z, "loss.z", "0 with objective = 'dpo', whose loss has no such term", self.loss.z)
+        else:
+            changed = _changed(self.dpo)
+            expect(not changed, "dpo", "no such section unless objective = 'dpo'", changed)
+        if self.adapter and self.adapter.quantise == "none":
+            changed = {key: value for key, value in _changed(self.adapter).items() if key.startswith("quantise_")}
+            expect(not changed, "adapter", "quantise = 'nf4' beside such keys", changed)
+
+
+def _changed(section: Any) -> dict[str, Any]:
+    """The values that are not their keys' defaults."""
+    values = {f.name: (getattr(section, f.name), f.default) for f in dataclasses.fields(section)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tokenmill.data import chat
 from tokenmill.data.journal import Answer, Request
-from tokenmill.trainer.checkpoint import resolve_model
+from tokenmill.trainer.adapters import Base
+from tokenmill.trainer.checkpoint import read_config, resolve_model
 from tokenmill.trainer.inference import open_model
 from tokenmill.trainer.model.generate import Sampling, generate
 
@@ -15,15 +16,22 @@ from tokenmill.trainer.model.generate import Sampling, generate
 class CheckpointGenerator:
     """A model's answers by its chat template, computed `width` requests at a time."""
 
-    def __init__(self, model: str | Path, *, template: str = "auto", width: int = 8) -> None:
+    def __init__(self, model: str | Path, *, template: str = "auto", width: int = 8, max_tokens: int = 1) -> None:
         """Load a checkpoint, a run's newest or a Hugging Face folder, with the tokenizer in it; on a GPU, in bf16.
-        Raises ValueError where that cannot be."""
+        Raises ValueError where that cannot be, or it has no positions for a prompt and `max_tokens`, the most that will
+        be asked for."""
         folder = resolve_model(model)
-        self.name = str(folder.resolve())
+        if max_tokens >= (most := read_config(folder).max_positions):
+            raise ValueError(
+                f"{folder}: the model has {most} positions, which {max_tokens} tokens of an answer leave no prompt in; "
+                "ask for fewer (--max-tokens, and of instruct --answer-tokens)"
+            )
         self.width = width
         self._model, self._tokenizer = open_model(folder)
-        self._template = template
-        self._stop = {self._tokenizer.eos_id, chat.end_id(self._tokenizer, template)}
+        self._template = chat.resolve(self._tokenizer, template)
+        weights, dtype = Base.of(folder).fingerprint, self._model.embed.weight.dtype
+        self.identity = f"{weights} {self._tokenizer.sha256} {self._template} {dtype}"
+        self._stop = {self._tokenizer.eos_id, chat.end_id(self._tokenizer, self._template)}
         self._pending: list[Request] = []
 
     @property

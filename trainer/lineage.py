@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenmill.data.stream import TokenStream
 from tokenmill.trainer.adapters import Base, read_adapter
@@ -36,12 +36,12 @@ def lineage(parents: Sequence[dict[str, Any]], streams: Iterable[TokenStream] = 
     }
 
 
-def parent(base: Base) -> dict[str, Any]:
-    """A model that another begins from: its path and fingerprint; of a checkpoint also step, tokens, recipe and its own
-    lineage, whose parents are those before it.
+def parent(base: Base, gave: Literal["weights", "adapters", "moments"] = "weights") -> dict[str, Any]:
+    """A model that another begins from: its path and fingerprint, and what it gave; of a checkpoint also step, tokens,
+    recipe and its own lineage, whose parents are those before it.
     """
     folder = Path(base.path)
-    named = {"path": _shown(folder), "fingerprint": base.fingerprint}
+    named = {"path": _shown(folder), "fingerprint": base.fingerprint, "gave": gave}
     if not (folder / MANIFEST).is_file():
         return named
     manifest = read_manifest(folder)
@@ -64,10 +64,18 @@ def read_lineage(folder: Path) -> dict[str, Any]:
 
 
 def total_tokens(folder: Path) -> int:
-    """Tokens that a checkpoint was trained on, those of the checkpoints before it included."""
+    """Tokens that a checkpoint was trained on, those of the checkpoints before it included: of each once, also where
+    several that were merged come from it. Moments alone bring none.
+    """
+    counted = set()
 
     def below(model: dict[str, Any]) -> int:
-        return (model.get("tokens") or 0) + sum(map(below, model.get("parents") or []))
+        tokens = model.get("tokens") or 0
+        for before in model.get("parents") or []:
+            if before.get("gave") != "moments" and before["fingerprint"] not in counted:
+                counted.add(before["fingerprint"])
+                tokens += below(before)
+        return tokens
 
     state = read_manifest(folder).get("state") or {}
     return below({"tokens": state.get("tokens"), **read_lineage(folder)})
@@ -116,7 +124,9 @@ def _told(model: dict[str, Any], indent: str) -> list[str]:
         commit = f", commit {code['commit'][:12]}{' with changes' if code['dirty'] else ''}" if code else ""
         lines.append(f"written       {model.get('date')} by {written}{commit}")
     for before in model.get("parents") or []:
-        lines.append(f"from          {before['path']} ({before['fingerprint'][:12]})")
+        gave = before.get("gave", "weights")  # which checkpoints did not tell at first
+        alone = "" if gave == "weights" else f", {gave} alone"
+        lines.append(f"from          {before['path']} ({before['fingerprint'][:12]}){alone}")
         lines += _told(before, "  ")
     return [indent + line for line in lines]
 

@@ -25,6 +25,7 @@ from tokenmill.trainer.balance import updated_bias
 from tokenmill.trainer.checkpoint import (
     fill_model,
     latest_checkpoint,
+    load_adapters,
     load_moments,
     load_training,
     newer_checkpoints,
@@ -34,6 +35,7 @@ from tokenmill.trainer.checkpoint import (
 )
 from tokenmill.trainer.config import Recipe
 from tokenmill.trainer.distributed import World, deal, join, shard
+from tokenmill.trainer.evaluation import evaluate, make_evaluations
 from tokenmill.trainer.files import replace_file
 from tokenmill.trainer.lineage import lineage, now, parent, read_lineage
 from tokenmill.trainer.metrics import MetricsLog, Preference, StepRecord, exact_flops, peak_flops, peak_memory
@@ -42,10 +44,12 @@ from tokenmill.trainer.model.peft import load_peft
 from tokenmill.trainer.objectives import Dpo, Objective, Sft, pretrain
 from tokenmill.trainer.objectives.pretrain import StepContext, StepLoss
 from tokenmill.trainer.optim import build_optimizer
-from tokenmill.trainer.preference import build_dpo, check_pairs, mean_preferences, unfold_step
+from tokenmill.trainer.preference import build_dpo, check_pairs, left_out, mean_preferences, reference_of, unfold_step
 from tokenmill.trainer.schedule import learning_rate
+from tokenmill.trainer.shards import MANIFEST
 from tokenmill.trainer.state import TrainState
 from tokenmill.trainer.streams import check_streams, make_loader, open_streams, planned_steps
+from tokenmill.trainer.vocabulary import check_rows
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # a scheduler's way to say: write a checkpoint and leave
 
@@ -94,25 +98,32 @@ class Trainer:
         self.sources, self.validation = open_streams(recipe)
         source = None if recipe.model.path is None else resolve_model(recipe.model.path, world)
         self.base = Base.of(source, world) if recipe.adapter and source else None
-        self.model = build_model(recipe, world, source)
+        self.model = build_model(recipe, world, source, self.base)
         streams, held_out = [s.stream for s in self.sources], [*self.validation.values()]
         self.tokenizer_from = check_streams(source, self.model.config, streams, self.validation)
         check_pairs(recipe, [*streams, *held_out])
+        if recipe.adapter is not None:
+            check_rows(self.model, streams, world)
+        self.evaluations = make_evaluations(recipe, self.model, self.tokenizer_from, world)
         self.objective: Objective = Sft(recipe.seed) if recipe.objective == "sft" else pretrain
-        self.held_out: list[Dpo] = []  # of each validation stream
-        if recipe.objective == "dpo":  # before a checkpoint is read: the reference is what training began from
-            self.objective, self.held_out = build_dpo(recipe, self.model, world, streams, held_out)
-        self.optimizer = build_optimizer(self.model, recipe.optimizer, recipe.train.precision, recipe.seed)
-
         self.checkpoint = latest_checkpoint(self.output, world)
         self.passed_over = newer_checkpoints(self.output, self.checkpoint)
-        self.state = TrainState()
+        self.held_out: list[Dpo] = []  # of each validation stream
+        reference = None
+        if recipe.objective == "dpo":  # before a checkpoint's weights are read: it is what training began from
+            reference = reference_of(recipe, self.model, world, self.checkpoint)
+            self.objective, self.held_out = build_dpo(recipe, self.model, reference, world, streams, held_out)
+        self.optimizer = build_optimizer(self.model, recipe.optimizer, recipe.train.precision, recipe.seed)
+
+        self.state, moments = TrainState(), None
         if self.checkpoint is not None:
             self.state = load_training(self.checkpoint, self.model, self.optimizer, self.base)
         elif recipe.optimizer.moments is not None:
             same = source if recipe.optimizer.moments == recipe.model.path else None  # which was verified already
-            load_moments(same or resolve_model(recipe.optimizer.moments, world), self.model, self.optimizer)
-        self.lineage = self._lineage(source)
+            moments = same or resolve_model(recipe.optimizer.moments, world)
+            load_moments(moments, self.model, self.optimizer)
+        self.state.reference = reference
+        self.lineage = self._lineage(source, moments)
         if self.state.expert_fractions is not None:
             self.state.expert_fractions = self.state.expert_fractions.to(world.device)
         self.state.balance_bias = self.model.balance_bias  # that of the checkpoint, or of the run it begins from
@@ -146,8 +157,11 @@ class Trainer:
             while self.state.step < self.steps and not self.stopping:
                 self.log.step(self.step())
                 done = self.state.step == self.steps
+                scores = evaluate(self.evaluations, self.state.step, done, self.log.say)
                 if done or (every.validate_every and self.state.step % every.validate_every == 0):
-                    self.validate()
+                    self.validate(scores)
+                elif scores:
+                    self.log.validation(self.state.step, self.state.tokens, scores)
                 due = every.checkpoint_every and self.state.step % every.checkpoint_every == 0
                 if done or self.stopping or due or self.state.step in every.checkpoint_at:
                     self.save()
@@ -235,9 +249,9 @@ class Trainer:
             preference=Preference(*preference) if self.recipe.objective == "dpo" else None,
         )
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, scores: dict[str, float] | None = None) -> dict[str, float]:
         """Mean loss a target on each validation stream, by its name and, where it has several, its sources'; on one of
-        preferences, mean loss a pair, and accuracy.
+        preferences, mean loss a pair, and accuracy. `scores` are reported with them.
         """
         losses = {}
         for i, (name, stream) in enumerate(self.validation.items()):
@@ -247,6 +261,7 @@ class Trainer:
                 sequence_length=data.sequence_length,
                 tokens_per_batch=data.sequence_length * data.packs_per_micro_batch,
                 max_tokens=data.validation_tokens,
+                overlong="reject" if self.held_out else "split",  # a pair is never cut
             )
             if self.held_out:
                 means = mean_preferences(self.model, self.held_out[i], batches, self.world)
@@ -255,6 +270,7 @@ class Trainer:
             means = mean_losses(self.model, batches, self.world, len(stream.sources))
             names = [name] if len(means) == 1 else [f"{name}/{source}" for source in stream.sources]
             losses |= dict(zip(names, means, strict=True))
+        losses |= scores or {}
         if losses:
             self.log.validation(self.state.step, self.state.tokens, losses)
         return losses
@@ -293,7 +309,7 @@ class Trainer:
     def _stop(self, number: int, frame: Any) -> None:
         self.requested = True
 
-    def _lineage(self, source: Path | None) -> dict[str, Any]:
+    def _lineage(self, source: Path | None, moments: Path | None) -> dict[str, Any]:
         """That of the checkpoints to come. What a resumed run began from is as its checkpoint says: it may have been
         trained further since.
         """
@@ -301,6 +317,10 @@ class Trainer:
             parents = read_lineage(self.checkpoint).get("parents", [])
         else:
             parents = [] if source is None else [parent(self.base or Base.of(source, self.world))]
+            if self.recipe.adapter and self.recipe.adapter.path:
+                parents.append(parent(Base.of(Path(self.recipe.adapter.path), self.world), "adapters"))
+            if moments and (source is None or not moments.samefile(source)):
+                parents.append(parent(Base.of(moments, self.world), "moments"))
         return lineage(parents, [s.stream for s in self.sources]) if self.world.rank == 0 else {}
 
     def _adapters(self) -> list[str]:
@@ -323,6 +343,7 @@ class Trainer:
             f"{config.parameters():,} parameters{active}, {backends}",
             *self._adapters(),
             *(f"  {line}" for line in self.loader.summary(self.steps)),
+            *(f"  {line}" for line in left_out(self.recipe, self.validation.values())),
             f"  {self.steps:,} steps of {self.recipe.data.packs_per_step} packs of "
             f"{self.recipe.data.sequence_length:,} tokens; output {self.output}",
         ]
@@ -351,9 +372,9 @@ def mean_losses(model: Transformer, batches: Iterable[Batch], world: World, sour
     return [total / weight if weight else math.nan for total, weight in zip(totals, weights, strict=True)]
 
 
-def build_model(recipe: Recipe, world: World, source: Path | None) -> Transformer:
+def build_model(recipe: Recipe, world: World, source: Path | None, base: Base | None = None) -> Transformer:
     """The recipe's model on this rank's device, sharded over the ranks, with the weights in `source`, a checkpoint or
-    a Hugging Face folder; None: with weights made from the seed.
+    a Hugging Face folder; None: with weights made from the seed. `base`: what `source` is, where that is known.
 
     Under a mesh no rank ever holds the whole: shards are made first and filled from the files.
     """
@@ -369,8 +390,12 @@ def build_model(recipe: Recipe, world: World, source: Path | None) -> Transforme
         fill_model(model, source)
     if recipe.adapter is not None:
         lora.initialise(model, recipe.seed)
-        if recipe.adapter.path is not None:
-            load_peft(model, recipe.adapter.path)
+        path = recipe.adapter.path
+        if path is not None and (Path(path) / MANIFEST).is_file():
+            assert source is not None
+            load_adapters(Path(path), model, base or Base.of(source, world), world)
+        elif path is not None:
+            load_peft(model, path)
     return model
 
 

@@ -31,7 +31,6 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -43,21 +42,12 @@ from tokenmill.trainer.adapters import Base, read_adapter
 from tokenmill.trainer.checkpoint import fill_model, read_config, resolve_model
 from tokenmill.trainer.files import replace_folder
 from tokenmill.trainer.lineage import lineage, parent
+from tokenmill.trainer.merge_methods import METHODS, SHARES
 from tokenmill.trainer.model import ModelConfig, Transformer
 from tokenmill.trainer.model.rows import local_rows
 from tokenmill.trainer.model.weights import TOKENIZER_FILES, Rows, copy_tokenizer, layout_of, slices
 from tokenmill.trainer.shards import FORMAT, MANIFEST, read_manifest, shard_name
 
-Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
-
-_TAKES = {  # beside the weights
-    "linear": (),
-    "slerp": (),
-    "task_arithmetic": ("base", "scale"),
-    "ties": ("base", "scale", "density"),
-    "dare_linear": ("base", "scale", "density", "seed"),
-    "dare_ties": ("base", "scale", "density", "seed"),
-}
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
 _BLOCK = 1 << 20
 
@@ -66,33 +56,33 @@ _BLOCK = 1 << 20
 class Merge:
     """How models are merged."""
 
-    method: Method = "linear"
-    weights: tuple[float, ...] = ()  # one a model; none: equal shares that sum to 1
+    method: str = "linear"  # of METHODS
+    weights: tuple[float, ...] = ()  # one a model; none: equal shares, or 1 each where they are no shares
     scale: float = 1.0  # of all that was learnt; the papers' lambda
     density: float = 0.5  # the share of what a model has learnt that ties and dare keep
     seed: int = 0  # of what dare drops
 
     def resolved(self, models: int, base: bool) -> Merge:
         """The same with a weight for each of so many models. Raises ValueError naming what does not fit."""
-        if self.method not in _TAKES:
-            raise ValueError(f"method is {self.method!r}, expected one of {', '.join(_TAKES)}")
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}, expected one of {', '.join(METHODS)}")
         changed = [f.name for f in dataclasses.fields(self)[2:] if getattr(self, f.name) != f.default]
         for name in ["base"] * base + changed:
-            if name not in _TAKES[self.method]:
-                fitting = ", ".join(method for method, takes in _TAKES.items() if name in takes)
+            if name not in METHODS[self.method]:
+                fitting = ", ".join(method for method, takes in METHODS.items() if name in takes)
                 raise ValueError(f"method {self.method} takes no {name}; leave it out, or choose one of {fitting}")
-        if "base" in _TAKES[self.method] and not base:
+        if "base" in METHODS[self.method] and not base:
             raise ValueError(f"method {self.method} needs a base, the model from which the others were tuned")
         fewest = 1 if base else 2
         if models < fewest or (self.method == "slerp" and models > 2):
             expected = f"{fewest} models" + " or more" * (self.method != "slerp")
             raise ValueError(f"method {self.method} merges {expected}, got {models}")
-        weights = self.weights or (1 / models,) * models
+        weights = self.weights or (1 / models if self.method in SHARES else 1.0,) * models
         if len(weights) != models:
             raise ValueError(f"weights are {weights} for {models} models, expected one for each")
         if not np.isfinite(weights).all():
             raise ValueError(f"weights are {weights}, expected finite numbers")
-        if self.method in ("linear", "slerp", "ties") and (min(weights) < 0 or not sum(weights)):
+        if self.method in SHARES and (min(weights) < 0 or not sum(weights)):
             raise ValueError(f"weights are {weights}; those of {self.method} are shares: 0 or more, and not all 0")
         if not math.isfinite(self.scale):
             raise ValueError(f"scale is {self.scale}, expected a finite number")
@@ -123,7 +113,7 @@ class Merge:
 
     def to_json(self) -> dict[str, object]:
         """Its settings, but those that the method does not take."""
-        return {n: v for n, v in dataclasses.asdict(self).items() if n in ("method", "weights", *_TAKES[self.method])}
+        return {n: v for n, v in dataclasses.asdict(self).items() if n in ("method", "weights", *METHODS[self.method])}
 
 
 def linear(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW, with weight decay on matrices only; or RMSprop."""
+"""The optimizer: AdamW, with weight decay on weights and adapters' factors only; or RMSprop."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ def build_optimizer(
     """AdamW (Loshchilov and Hutter 2019): PyTorch's fused one, or where `precision` is bf16 the one below; or PyTorch's
     RMSprop (Hinton, 2012), whose state is half of AdamW's.
 
-    Norms' gains are not decayed: they have nothing to be regularised for.
+    Norms' gains and DoRA's magnitudes are not decayed: they are lengths, with nothing to be regularised for.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    lengths = {name for name in parameters if name.endswith(("norm.weight", ".magnitude"))}
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": section.weight_decay},
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for n, p in parameters.items() if n not in lengths], "weight_decay": section.weight_decay},
+        {"params": [p for n, p in parameters.items() if n in lengths], "weight_decay": 0.0},
     ]
     if section.kind == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=section.learning_rate, alpha=section.betas[1], eps=section.eps)
+        return torch.optim.RMSprop(
+            parameters.values(), lr=section.learning_rate, alpha=section.betas[1], eps=section.eps
+        )
     if precision == "bf16":
         return StochasticAdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, seed=seed)
     return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True)

@@ -8,7 +8,8 @@
 
     [[stages]]
     name = "tune"
-    parent = "cpt"                      # begins with the weights of an earlier stage
+    parent = "cpt"                      # begins with the weights of an earlier stage, its adapters merged into them;
+                                        # or with its adapters, where those are the same here, on weights in 4 bits
     at = [100, 200, "last"]             # at each of these steps of it: the stages tune-100, tune-200 and tune-last
     recipe = "mistral_7b_sft.toml"
     set.optimizer.learning_rate = 2e-5  # keys that come over the recipe's
@@ -20,7 +21,6 @@ checkpoints: the same command again passes over the stages that are done, and go
 from __future__ import annotations
 
 import gc
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -31,6 +31,7 @@ from typing import Any, Literal
 from tokenmill.trainer.checkpoint import find_model, read_config, step_folder, step_folders
 from tokenmill.trainer.config import ConfigError, Recipe, build, read_toml
 from tokenmill.trainer.distributed import World, join, pick_device
+from tokenmill.trainer.evaluation import make_evaluations
 from tokenmill.trainer.loop import empty_model, train
 from tokenmill.trainer.preference import check_pairs
 from tokenmill.trainer.stage import Record, Result, Stage
@@ -224,6 +225,9 @@ def plan_stage(branch: Branch, recipe: Recipe, parent: Stage | None) -> Stage:
     if (earlier := Record.read(Path(recipe.output))) is not None:
         earlier.check(Path(recipe.output), record)
         record = earlier
+    if parent is not None and recipe.adapter is not None and goes_on(recipe, parent.recipe):
+        adapter = replace(recipe.adapter, path=str(checkpoint))
+        recipe = replace(recipe, adapter=adapter, model=parent.recipe.model)
     if record.result is not None:
         return Stage(branch.name, recipe, origin, record.result.step, record)
     if parent is not None and checkpoint is not None:
@@ -237,9 +241,19 @@ def plan_stage(branch: Branch, recipe: Recipe, parent: Stage | None) -> Stage:
     streams = [source.stream for source in sources]
     tokenizer = check_streams(tokenizer, shape, streams, validation)
     check_pairs(recipe, [*streams, *validation.values()])
-    empty_model(recipe, shape, pick_device(recipe.device))
+    model = empty_model(recipe, shape, pick_device(recipe.device))
+    make_evaluations(recipe, model, tokenizer, World())
     steps = planned_steps(recipe, make_loader(recipe, sources, World()))
     return Stage(branch.name, recipe, origin, steps, record, shape, tokenizer)
+
+
+def goes_on(recipe: Recipe, theirs: Recipe) -> bool:
+    """Whether a stage trains its parent's adapters on, as nothing can be merged into weights in 4 bits. Any other one
+    begins with the merged weights.
+    """
+    if recipe.adapter is None or theirs.adapter is None or recipe.adapter.quantise != "nf4":
+        return False
+    return recipe.adapter == replace(theirs.adapter, path=None)
 
 
 def check_parent(recipe: Recipe, parent: Stage, checkpoint: Path, branch: Branch) -> None:
@@ -256,23 +270,22 @@ def check_parent(recipe: Recipe, parent: Stage, checkpoint: Path, branch: Branch
         if recipe.adapter or theirs.adapter:
             raise ConfigError(
                 "optimizer: 'keep' is not for adapters: those of the parent are merged into the weights that a stage "
-                "begins with, and new ones have no moments; set it to 'reset'"
+                "begins with, and new ones have no moments (nor are those in 4 bits trained on with them); set it to "
+                "'reset'"
             )
         if recipe.optimizer.kind != theirs.optimizer.kind:
             raise ConfigError(
                 f"optimizer: 'keep' needs the parent's optimizer.kind, {theirs.optimizer.kind!r}, not "
                 f"{recipe.optimizer.kind!r}; set that, or optimizer to 'reset'"
             )
-        if "bf16" in (ours := {recipe.train.precision, theirs.train.precision}) and len(ours) > 1:
+        if "bf16" in (both := {recipe.train.precision, theirs.train.precision}) and len(both) > 1:
             raise ConfigError(
                 f"optimizer: 'keep' needs moments of one dtype, but train.precision is {recipe.train.precision!r}, the "
                 f"parent's {theirs.train.precision!r}; set them the same, or optimizer to 'reset'"
             )
-    if theirs.adapter is not None:
-        sharded = recipe.train.precision == "bf16-mixed" or int(os.environ.get("WORLD_SIZE", "1")) > 1
-        quantised = recipe.adapter is not None and recipe.adapter.quantise == "nf4"
-        if quantised or (sharded and theirs.adapter.quantise == "nf4"):
-            raise ConfigError(
-                "parent: its adapters cannot be merged into weights in 4 bits, nor those of weights in 4 bits into "
-                f"sharded ones; end the pipeline there, `tokenmill export {run}`, and begin another one from that"
-            )
+    ours = recipe.adapter
+    if theirs.adapter and ours and ours.quantise == "nf4" and ours.path != str(checkpoint):
+        raise ConfigError(
+            "parent: its adapters cannot be merged into weights in 4 bits; to train them on, give [adapter] the keys "
+            f"of the parent's; else end the pipeline there, `tokenmill export {run}`, and begin another one from that"
+        )

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenmill.data.loader import sequential_batches
+from tokenmill.data.packing import count_overlong
 from tokenmill.data.stream import TokenStream
 from tokenmill.data.unfold import SEGMENTS, unfold
 from tokenmill.kernels.layout import GHOST
@@ -33,7 +34,8 @@ CHUNK = 1 << 22  # weights that are hashed at once
 def reference_logprobs(
     model: Transformer, weights: str, stream: TokenStream, *, sequence_length: int, tokens_per_batch: int, world: World
 ) -> Tensor:
-    """(documents, 2) fp64 on the CPU, the same on every rank: `answer_logprobs` of each pair of a stream.
+    """(documents, 2) fp64 on the CPU, the same on every rank: `answer_logprobs` of each pair of a stream that fits the
+    sequence, in order.
 
     `weights` names the model as it is (`fingerprint`). With the fingerprint of the stream and the sequence length it
     names a file in the stream's folder, which is read where it is there, else written whole; where the folder cannot
@@ -45,14 +47,17 @@ def reference_logprobs(
     kept = _load(path, len(stream)) if world.rank == 0 else None
     if world.any(kept is not None):
         return world.sum((table if kept is None else kept).to(world.device)).cpu()
-    batches = sequential_batches(stream, sequence_length=sequence_length, tokens_per_batch=tokens_per_batch)
+    batches = sequential_batches(
+        stream, sequence_length=sequence_length, tokens_per_batch=tokens_per_batch, overlong="reject"
+    )
     table = table.to(world.device)
+    pairs = len(stream) - count_overlong(stream, sequence_length)
     seconds = 0.1 if sys.stderr.isatty() else 30.0  # between two states of the bar
     model.eval()
     with (
         torch.no_grad(),
         tqdm(
-            total=len(stream), unit="pair", desc=f"reference of {stream.name}", mininterval=seconds,
+            total=pairs, unit="pair", desc=f"reference of {stream.name}", mininterval=seconds,
             disable=world.rank != 0,
         ) as bar,
     ):  # fmt: skip

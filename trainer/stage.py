@@ -116,6 +116,7 @@ def inputs_of(recipe: Recipe, begins: str | None) -> dict[str, Any]:
         device="auto",
         kernels=KernelsSection(),
         log=LogSection(),
+        evaluate=(),
         model=replace(recipe.model, path=begins),
         optimizer=replace(recipe.optimizer, moments=moments),
         data=replace(

@@ -23,6 +23,7 @@ class TrainState:
     data: dict[str, Any] | None = None  # the loader's: samples consumed, seed, fingerprint
     expert_fractions: Tensor | None = None  # (layers, E) fp32: share of choices of each expert in the previous step
     balance_bias: Tensor | None = None  # (layers, E) fp32: added to the routers' probabilities for the choice
+    reference: str | None = None  # the fingerprint of the model that preference tuning compares with
 
     def to_json(self) -> dict[str, Any]:
         tensors = {name: getattr(self, name) for name in _TENSORS}

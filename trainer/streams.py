@@ -29,7 +29,7 @@ def make_loader(recipe: Recipe, sources: list[Source], world: World) -> Loader:
         seed=recipe.seed,
         rank=world.rank,
         world=world.size,
-        overlong=recipe.data.overlong,
+        overlong=recipe.overlong,
         pinned=world.device.type == "cuda",
     )
 

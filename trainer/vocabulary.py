@@ -8,15 +8,20 @@ Hewitt, "Initializing New Word Embeddings for Pretrained Language Models" (2021)
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tokenmill.data.chat import CONTROL_PIECES
+from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import MODEL_FILE, Tokenizer
+from tokenmill.trainer.distributed import World
+from tokenmill.trainer.model.rows import local_part
 from tokenmill.trainer.model.transformer import Transformer
 from tokenmill.trainer.model.weights import copy_tokenizer
 
@@ -80,6 +85,37 @@ def add_rows(model: Transformer, added: Added) -> None:
         weight[new] = mean.to(old.dtype)
         module.weight = nn.Parameter(weight)
     model.config = replace(model.config, vocab_size=size)
+
+
+def check_rows(model: Transformer, streams: Iterable[TokenStream], world: World) -> None:
+    """Warn of a stream of chats whose control pieces have rows as `add_rows` makes them, one like the other: beneath
+    adapters, which leave embedding and head alone, they stay so. Every rank calls this.
+    """
+    for stream in streams:
+        template = (stream.manifest.get("chat") or {}).get("template", "")
+        tokenizer = stream.tokenizer()
+        pieces = {piece: tokenizer.control_id(piece) for piece in CONTROL_PIECES.get(template, ())}
+        ids = [token for token in pieces.values() if token is not None]
+        if len(ids) > 1 and all(_are_equal(module.weight, ids, world) for module in (model.embed, model.head)):
+            if world.rank == 0:
+                warnings.warn(
+                    f"{stream.folder}: template {template!r} places {' and '.join(pieces)}, whose rows in embedding "
+                    "and head are new and equal, and adapters cannot train them: the model will not learn to end an "
+                    "answer; train all weights first (without [adapter]), or use a template without added tokens",
+                    stacklevel=2,
+                )
+            return
+
+
+def _are_equal(weight: Tensor, ids: Sequence[int], world: World) -> bool:
+    """Whether rows are the same, bit by bit, of a weight that may be sharded."""
+    local, first = local_part(weight.data)
+    rows = torch.zeros(len(ids), weight.shape[1], dtype=weight.dtype, device=world.device)
+    for row, token in zip(rows, ids, strict=True):
+        if first <= token < first + len(local):
+            row.copy_(local[token - first])
+    rows = world.sum(rows)
+    return bool((rows == rows[0]).all())
 
 
 def _added_tokens(raw: dict[str, Any], ids: dict[int, str]) -> dict[int, str]:

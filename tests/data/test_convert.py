@@ -73,6 +73,8 @@ def test_masks_that_are_lost_are_said(make_stream, tmp_path, capsys):
         (index_of([4, 4], pointers=[0, 2**62]), r"beyond the end of m\.bin"),
         (index_of([4, 4], pointers=[0, 7]), "between two ids"),
         (index_of([4, -1]), "below 0"),
+        (index_of([4, 4], pointers=[0, 6]), "sequence 1 begins before the end of the one before it"),
+        (index_of([2, 2, 2], pointers=[0, 8, 4]), "sequence 2 begins before the end of the one before it"),
         (index_of([4, 4], documents=[0, 3]), "documents are not from sequence 0 to 2"),
         (index_of([4, 4], documents=[0, 2, 1, 2]), "documents are not from sequence 0 to 2"),
         (index_of([4, 4])[:18] + b"\xff" * 7 + b"\x7f" + index_of([4, 4])[26:], "the file is truncated"),
@@ -100,6 +102,34 @@ def test_ids_alone_end_at_eos(tmp_path_factory, monkeypatch, small, documents, l
     for name, dtype in (("a.npy", None), ("a.bin", None), ("b.bin", "int32")):
         stream = import_tokens(folder / name, small, folder / f"{name}.stream", dtype=dtype)
         assert [stream.document(i).tolist() for i in range(len(stream))] == expected
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(st.integers(2, 299), min_size=1, max_size=9), min_size=1, max_size=9), st.booleans())
+def test_ids_alone_begin_with_bos(tmp_path_factory, monkeypatch, small, documents, first_begins):
+    monkeypatch.setattr(convert, "BATCH", 5)
+    folder = tmp_path_factory.mktemp("flat")
+    expected = [[*([] if first_begins else [5, 6]), *([1] if first_begins else []), *documents[0]]]
+    expected += [[1, *document] for document in documents[1:]]
+    np.array(list(chain(*expected)), "<u2").tofile(folder / "a.bin")
+    stream = import_tokens(folder / "a.bin", small, folder / "stream", delimiter="bos")
+    assert [stream.document(i).tolist() for i in range(len(stream))] == expected
+
+
+def test_ids_without_a_delimiter(tmp_path, small, capsys):
+    np.array([1, 5, 6, 1, 7, 8], "<u2").tofile(tmp_path / "a.bin")
+    assert len(import_tokens(tmp_path / "a.bin", small, tmp_path / "one")) == 1
+    assert "a.bin: holds no EOS (2): 6 ids are taken for one document" in capsys.readouterr().err
+    assert len(import_tokens(tmp_path / "a.bin", small, tmp_path / "two", delimiter="bos")) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_of_another_kind_is_no_file_of_ids(tmp_path, small):
+    for name in ("notes.txt", "a.jsonl", "ids"):
+        np.array([1, 5, 2], "<u2").tofile(tmp_path / name)
+        with pytest.raises(DataError, match=rf"{name}: expected \.bin, \.npy or .*name their type \(--dtype\)"):
+            import_tokens(tmp_path / name, small, tmp_path / "s")
+    assert import_tokens(tmp_path / "ids", small, tmp_path / "s", dtype="uint16").tokens == 3
 
 
 def test_wrong_files_of_ids(tmp_path, small):

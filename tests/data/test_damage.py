@@ -25,6 +25,7 @@ import pytest
 from tokenmill.data import loader, shard
 from tokenmill.data.errors import DataError
 from tokenmill.data.loader import Loader, Source
+from tokenmill.data.report import Report, inspect
 from tokenmill.data.stream import TokenStream, fingerprint_of
 from tokenmill.data.tokenizer import Tokenizer
 from tokenmill.data.writer import StreamWriter
@@ -34,15 +35,22 @@ BLOCK = 64  # bytes: a file of some hundred bytes has several
 MEMORY = 256 << 20  # bytes that opening, verifying and reading may take beyond what is there
 
 
-def write_stream(folder: Path, tokenizer: Tokenizer, seed: int) -> None:
+def write_stream(folder: Path, tokenizer: Tokenizer, seed: int, pairs: bool) -> None:
     """Three shards whose files have the same sizes, so that only their content tells them apart."""
     rng = np.random.default_rng(seed)
+    examples = [["notes.txt:1", "a note"]]
     with StreamWriter(folder, tokenizer, shard_tokens=180) as writer:
+        writer.pairs = pairs
+        writer.chat = {"template": "mistral-v1", "loss_on": "all"}
+        writer.report = Report(Counter(source0=9, source1=9), Counter(source1=1), duplicate_examples=examples).asdict()
         for _ in range(3):
             for i, length in enumerate(rng.permutation([90, 50, 40])):
                 mask = np.ones(length)
                 first = rng.integers(1, length - 10)
-                mask[first : first + rng.integers(1, 6)] = 0
+                if pairs:
+                    mask[:first] = mask[first + rng.integers(1, 9)] = 0
+                else:
+                    mask[first : first + rng.integers(1, 6)] = 0
                 writer.add(
                     rng.integers(0, tokenizer.vocab_size, length), mask, source=f"source{rng.integers(2) if i else i}"
                 )
@@ -118,7 +126,7 @@ class Damage:
         one, two = self.rng.choice(list(self.files), 2, replace=False)
         if self.pick([True, False]):  # within a kind of file, where sizes are the same
             one = self.pick(name for name in self.files if name[0] == "0")
-            two = self.pick(name for name in self.files if name[5:] == one[5:])
+            two = self.pick(name for name in self.files if name[5:] == one[5:] and name != one)
         (self.folder / one).write_bytes(self.files[two])
         (self.folder / two).write_bytes(self.files[one])
 
@@ -193,6 +201,8 @@ class Damage:
             holder[key] = self.pick(hostile)
             if isinstance(holder, list) and self.rng.integers(8) == 0:
                 holder[key] = self.pick(holder)
+        if self.rng.integers(8) == 0:
+            manifest["pairs"] = True
         if fitting:
             manifest["fingerprint"] = fingerprint_of(manifest)
         text = json.dumps(manifest)
@@ -283,6 +293,8 @@ def outcome(damage: Damage, kind: str) -> str:
     try:
         with little_memory():
             stream = TokenStream.open(damage.folder)
+            with suppress(DataError):
+                inspect(damage.folder)
             with suppress(DataError):  # nothing damaged is read, or trained on, even if nobody has called verify
                 read = contents(stream)
                 assert kind in FORGERIES or read == damage.contents
@@ -308,12 +320,12 @@ def outcome(damage: Damage, kind: str) -> str:
     return "another stream"
 
 
-@pytest.fixture
-def damage(tmp_path: Path, small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Damage:
+@pytest.fixture(params=[False, True], ids=["documents", "pairs"])
+def damage(tmp_path: Path, small: Tokenizer, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Damage:
     for module in (shard, loader):
         monkeypatch.setattr(module, "BLOCK", BLOCK)
-    write_stream(tmp_path / "stream", small, seed=1)
-    write_stream(tmp_path / "other", small, seed=2)
+    write_stream(tmp_path / "stream", small, seed=1, pairs=request.param)
+    write_stream(tmp_path / "other", small, seed=2, pairs=request.param)
     return Damage(tmp_path / "stream", tmp_path / "other", seed=0)
 
 
@@ -335,14 +347,14 @@ def survey(damage: Damage, count: int) -> dict[str, Counter[str]]:
 
 
 def test_some_hundred_damages(damage):
-    found = survey(damage, 600)
+    found = survey(damage, 300)
     for kind in ACCIDENTS:
         assert found[kind]["open"] + found[kind]["verify"] > 0.7 * found[kind].total(), kind
 
 
 @pytest.mark.slow
 def test_ten_thousand_damages(damage, capsys):
-    found = survey(damage, 10_000)
+    found = survey(damage, 5000)
     with capsys.disabled():
         for kind, counts in found.items():
             print(f"\n{kind:<15}", *(f"{what}: {counts[what]:,}" for what in sorted(counts)), sep="  ", end="")

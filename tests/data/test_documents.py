@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 
 import pyarrow
@@ -12,7 +13,7 @@ import pytest
 import zstandard
 
 from tokenmill.data import documents
-from tokenmill.data.documents import find_inputs, pieces, read_texts, rows
+from tokenmill.data.documents import content, find_inputs, pieces, read_texts, rows, texts
 from tokenmill.data.errors import DataError
 
 
@@ -31,6 +32,9 @@ def test_folders_patterns_and_names(tmp_path):
     assert [f.source for f in find_inputs([f"{tmp_path}/notes-*"])] == ["notes-1", "notes-2"]
     with pytest.raises(DataError, match=r"notes-1\.txt: is given twice"):
         find_inputs([tmp_path / "notes-1.txt", f"{tmp_path}/*.txt"])
+    for again in (tmp_path / "web" / ".." / "notes-1.txt", os.path.relpath(tmp_path / "notes-1.txt")):
+        with pytest.raises(DataError, match=r"notes-1\.txt: is given twice, also by '.*\.\./.*notes-1\.txt'"):
+            find_inputs([tmp_path / "notes-1.txt", again])
     with pytest.raises(DataError, match=r"\*\.parquet: no such file matches"):
         find_inputs([f"{tmp_path}/*.parquet"])
     (tmp_path / "empty.jsonl").touch()
@@ -77,6 +81,48 @@ def test_parquet(tmp_path, monkeypatch):
     assert [row for _, row in read] == [*ROWS, {"messages": chat}]
     assert read[-1][0] == f"{tmp_path}/a.parquet: row 501"
     assert list(read_texts([tmp_path / "a.parquet"])) == [*(row["text"] for row in ROWS), "Hi", "Hello."]
+
+
+def test_a_text_beside_a_conversation():
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    alpaca = {"instruction": "Hi", "input": "", "output": "Hello."}
+    rows = [
+        alpaca,
+        {"messages": turns},
+        {"conversations": turns},
+        {"prompt": "Hi", "chosen": "Hello.", "rejected": "No"},
+    ]
+    for row in rows:
+        row |= {"text": "Hi, below is the same put together."}
+        assert texts(content(row)) == ["Hi", "Hello.", "No"][: 2 + ("chosen" in row)]
+        assert texts(content(row, "body")) == texts(content(row))
+        assert content(row, "text") == row["text"]
+        nothing = dict.fromkeys(row)
+        assert content(nothing | {"text": "A fever."}) == "A fever."
+        with pytest.raises(DataError, match=r"no key 'text', .* \(found none\)"):
+            content(nothing)
+    with pytest.raises(DataError, match="no key 'body'"):
+        content({"text": "A fever."}, "body")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(documents, "PIECE", 1)
+    line = "A fever." if name == "a.txt" else '{"text": "A fever."}\n{"text": "\ufeffA rash."}'
+    (tmp_path / name).write_text(f"\ufeff{line}", encoding="utf-8")
+    assert list(read_texts([tmp_path / name])) == ["A fever.", "\ufeffA rash."][: 1 + (name == "a.jsonl")]
+
+
+def test_a_system_prompt_beside_messages():
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    system = {"role": "system", "content": "Be brief."}
+    for messages in (turns, [system, *turns], [{"role": "system", "content": ""}, *turns]):
+        assert texts(content({"messages": messages, "system": "Be brief."}, "text")) == ["Be brief.", "Hi", "Hello."]
+    assert content({"messages": turns, "system": None}, "text") == turns
+    with pytest.raises(DataError, match="'system' is not the system message among"):
+        content({"messages": [system, *turns], "system": "Be kind."}, "text")
+    with pytest.raises(DataError, match="'messages' is a str"):
+        texts(content({"messages": "Hi", "system": "Be kind."}, "text"))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ WORDS = "compare list describe causes treatment of acute renal failure in adults
 class Model:
     """A generator whose answers are a function of the request: tasks, answers or a question, now and then spoilt."""
 
-    name = "made up"
+    identity = "made up"
 
     def __init__(self, width: int = 4, stop_after: int | None = None) -> None:
         self.width = width
@@ -127,7 +127,7 @@ def test_tasks_answers_rows(seeds, tmp_path, small):
     assert all(set(row) == {"topic", "instruction", "input", "output"} for row in rows)
     assert not any("think" in row["output"] or not row["output"] for row in rows)
     assert report.counts["tasks accepted"] == report.counts["answer requests"] == 60
-    reasons = ["refused by the server", "no task in the answer", "cut short", "empty answer", "like another task"]
+    reasons = ["refused", "no task in the answer", "cut short", "empty answer", "like another task"]
     assert set(report.dropped) == set(reasons)
     assert report.counts["rows written"] == len(rows)
     assert report.counts["tasks read"] == 60 + report.dropped["like another task"]
@@ -191,7 +191,7 @@ def test_what_is_cut_short_is_not_kept(seeds, tmp_path):
 
 def test_another_model_answers(seeds, tmp_path):
     tasks, answers = Model(), Model()
-    answers.name = "another"
+    answers.identity = "another"
     instruct([seeds], tmp_path / "out.jsonl", tasks, answerer=answers, tasks=5, progress=False)
     assert all(r.name.startswith("task") for r in tasks.requests)
     assert len(answers.requests) == 5
@@ -348,13 +348,13 @@ def test_documents_are_rewritten(tmp_path, small):
     assert [name for name in names if ":4" in name and "part" in name] == [f":4, part {i} of 3" for i in (1, 2, 3)]
     assert len(model.requests) == len({r.messages for r in map(frozen, model.requests)})
     assert all(row["instruction"].startswith("Why ") and row["source"] == "web" for row in rows)
-    assert set(report.dropped) == {"refused by the server", "no question in the answer", "cut short"}
+    assert set(report.dropped) == {"refused", "no question in the answer", "cut short"}
     assert report.counts["requests"] == len(rows) + report.dropped.total() == 42
     assert len(prepare([out], small, tmp_path / "stream", source_key="source", progress=False)) == len(rows)
     again = Model(9)
     rewrite([tmp_path / "web.jsonl"], out, again, characters=400, overwrite=True, progress=False)
     assert lines(out) == rows
-    assert len(again.requests) == report.dropped["refused by the server"]
+    assert len(again.requests) == report.dropped["refused"]
     rewrite([tmp_path / "web.jsonl"], tmp_path / "few.jsonl", few := Model(), limit=7, characters=9999, progress=False)
     assert len(few.requests) == 7
 

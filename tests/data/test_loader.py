@@ -208,6 +208,7 @@ def test_overlong_documents_are_split_rejected_or_an_error(sources, make_stream)
         loader(sources, overlong="error")
     assert (
         loader(sources, sequence_length=70, overlong="error").fingerprint
+        == loader(sources, sequence_length=70, overlong="reject").fingerprint
         == loader(sources, sequence_length=70).fingerprint
     )
     with pytest.raises(DataError, match="no document has a token with loss after its first and fits 2 tokens"):

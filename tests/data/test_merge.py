@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tokenmill.data import merge as merging
+from tokenmill.data import writer as writing
 from tokenmill.data.errors import DataError
 from tokenmill.data.merge import merge
-from tokenmill.data.stream import TokenStream
+from tokenmill.data.stream import TokenStream, write_manifest
 from tokenmill.data.tokenizer import Tokenizer
 from tokenmill.data.writer import StreamWriter
 
@@ -67,3 +69,53 @@ def test_append(make_stream, small):
     with pytest.raises(DataError, match="no token stream here"):
         StreamWriter(stream.folder / "no", small, append=True)
     assert [p.name for p in stream.folder.parent.iterdir()] == ["stream"]
+
+
+def test_appends_one_after_the_other_keep_both(make_stream, small):
+    stream = make_stream([40, 30])
+    late = StreamWriter(stream.folder, small, append=True)
+    for writer, source in ((StreamWriter(stream.folder, small, append=True), "first"), (late, "second")):
+        with writer:
+            writer.add([1, 7, 2], source=source)
+    after = TokenStream.open(stream.folder)
+    after.verify()
+    assert [after.sources[i] for i in after.source_ids] == ["source0", "source1", "first", "second"]
+    late = StreamWriter(stream.folder.parent / "new", small)
+    other_sources(stream.folder.parent / "new", small)
+    with pytest.raises(DataError, match="new: already exists"), late:
+        pass
+    assert sorted(p.name for p in stream.folder.parent.iterdir()) == ["new", "stream"]
+
+
+def test_the_lock_is_that_of_the_folder_there(tmp_path, small, monkeypatch):
+    """Between its opening and its locking, another writer ends and removes it."""
+    flock = writing.fcntl.flock
+
+    def late(*arguments: Any) -> None:
+        monkeypatch.undo()
+        (tmp_path / ".s.partial").rmdir()
+        flock(*arguments)
+
+    monkeypatch.setattr(writing.fcntl, "flock", late)
+    with StreamWriter(tmp_path / "s", small) as writer:
+        writer.add([1, 7, 2], source="a")
+        with (
+            pytest.raises(DataError, match="s: is being written by another process"),
+            StreamWriter(writer.folder, small),
+        ):
+            pass
+    assert len(TokenStream.open(tmp_path / "s")) == 1
+
+
+def test_a_stream_that_changes_during_an_append_is_left_alone(make_stream, small):
+    stream = make_stream([40, 30])
+
+    def append() -> None:
+        with StreamWriter(stream.folder, small, append=True) as writer:
+            writer.add([1, 7, 2], source="a")
+            write_manifest(stream.folder, {**stream.manifest, "sources": ["source0", "renamed"]})
+
+    with pytest.raises(DataError, match="stream: was changed as documents for it were prepared"):
+        append()
+    assert TokenStream.open(stream.folder).sources == ["source0", "renamed"]
+    assert len(list(stream.folder.iterdir())) == 6

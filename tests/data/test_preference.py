@@ -1,6 +1,7 @@
 """Preference rows to a stream."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from tokenmill.data.merge import merge
 from tokenmill.data.preference import parse_pair, render_pair
 from tokenmill.data.prepare import prepare
 from tokenmill.data.report import inspect
+from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer
 from tokenmill.data.unfold import unfold
+from tokenmill.data.writer import StreamWriter
 
 USER = {"role": "user", "content": "Is it a fever?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -44,6 +47,11 @@ def test_longer_prompts():
     assert parse_pair({"chosen": [*turns, YES], "rejected": [*turns, NO]}).texts()[-2:] == ["Yes.", "No, 36 degrees."]
 
 
+@pytest.mark.parametrize("row", FORMS.values(), ids=FORMS)
+def test_a_system_prompt_beside_any_form(row):
+    assert parse_pair({**row, "system": "Be brief."}).prompt == [SYSTEM, USER]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -57,6 +65,11 @@ def test_longer_prompts():
         ({"chosen": [USER, YES], "rejected": [SYSTEM, USER, NO]}, "different prompts"),
         ({"prompt": "p", "chosen": [USER, YES], "rejected": [USER, NO]}, "'prompt' is none of the messages"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' is a int"),
+        (
+            {"prompt": [SYSTEM, USER], "chosen": "a", "rejected": "b", "system": "other"},
+            "'system' is not the system mess",
+        ),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "system": 3}, "'system' is a int"),
         ({"prompt": [SYSTEM], "chosen": "a", "rejected": "b"}, "no user's message"),
     ],
 )
@@ -120,8 +133,30 @@ def test_pairs_and_others_do_not_mix(tmp_path, small):
     prepare([texts], small, tmp_path / "plain", progress=False)
     with pytest.raises(ValueError, match="out: preference pairs and other documents"):
         merge([tmp_path / "plain", tmp_path / "out"], tmp_path / "merged")
-    with pytest.raises(ValueError, match="preference pairs and other documents"):
-        prepare([texts], small, tmp_path / "out", append=True, progress=False)
+    for output, file, held in (("out", texts, "pairs"), ("plain", pairs, "other documents")):
+        message = rf"{file.name}:1: preference pairs and other documents .* \(.*{output} has {held}\)"
+        with pytest.raises(ValueError, match=message):
+            prepare([file], small, tmp_path / output, append=True, progress=False)
+        assert not (tmp_path / f".{output}.partial").exists()
+
+
+def test_what_is_not_pairs_is_not_opened_as_pairs(tmp_path, small):
+    pair = [0, 0, 1, 1, 0, 1]
+    for i, spans in enumerate(
+        ([1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [0, 0, 1, 0, 0, 1], [0, 0, 1, 1, 1, 0], pair)
+    ):
+        for masks in ([pair, spans], [spans, pair]):
+            output = tmp_path / f"{i}"
+            writer = StreamWriter(output, small, overwrite=True)
+            with pytest.raises(DataError, match=r"00000\.silent: spans") if spans != pair else nullcontext(), writer:
+                writer.pairs = True
+                for mask in masks:
+                    writer.add([1, 5, 6, 2, 5, 2], mask, source="a")
+            assert output.exists() == (spans == pair)
+    pairs = tmp_path / "5"
+    with pytest.raises(DataError, match=r"spans are not"), StreamWriter(pairs, small, append=True) as writer:
+        writer.add([1, 5, 2], source="a")
+    assert len(TokenStream.open(pairs)) == 2
 
 
 def test_real_preferences(tmp_path, small):

@@ -18,7 +18,7 @@ import pytest
 from tokenmill.data import documents
 from tokenmill.data import prepare as preparing
 from tokenmill.data.chat import LossOn, alpaca_messages, render
-from tokenmill.data.documents import read_texts
+from tokenmill.data.documents import find_inputs, read_texts
 from tokenmill.data.encode import encode
 from tokenmill.data.errors import DataError
 from tokenmill.data.merge import merge
@@ -101,6 +101,27 @@ def test_rows_of_chats(tmp_path, small):
         assert [stream.loss_mask(i).tolist() for i in range(6)] == [mask] * 6
         assert stream.manifest["chat"] == {"template": "mistral-v1", "loss_on": loss_on}
     assert "conversations template mistral-v1 and loss on the last answer" in inspect(tmp_path / "last")
+
+
+def test_conversations_with_the_text_they_make(tmp_path, small):
+    row = {**ALPACA, "text": "Below is an instruction: Name it. A bone. Femur."}
+    write_rows(tmp_path / "a.jsonl", [row])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "b.parquet")
+    files = [tmp_path / "a.jsonl", tmp_path / "b.parquet"]
+    stream = prepare(files, small, tmp_path / "chat")
+    ids, mask = render(alpaca_messages(ALPACA), small)
+    assert [stream.document(i).tolist() for i in range(2)] == [ids] * 2
+    assert [stream.loss_mask(i).tolist() for i in range(2)] == [mask] * 2
+    texts = prepare(files, small, tmp_path / "text", text_key="text")
+    assert [texts.document(i).tolist() for i in range(2)] == [plain(small, row["text"])] * 2
+
+
+def test_many_small_files_make_few_chunks(tmp_path, small_pieces):
+    for i in range(40):
+        (tmp_path / f"{i:02d}.txt").write_text("x" * 100)
+    files = find_inputs([tmp_path])
+    chunks = list(preparing._chunks(files, preparing.Place(0, 0, 0), ["text"]))
+    assert [(place, len(chunk)) for place, chunk in chunks] == [((10 * i - 1, 1, 1000 * i), 10) for i in range(1, 5)]
 
 
 def test_conversations_rendered_otherwise_do_not_mix(tmp_path, small):
@@ -197,9 +218,10 @@ def test_texts_to_train_a_tokenizer_on(tmp_path):
     write_rows(tmp_path / "b.jsonl.gz", [{"text": "Two."}, {**ALPACA, "input": ""}, {"messages": messages}])
     texts = list(read_texts([tmp_path / "a.txt", tmp_path / "b.jsonl.gz"]))
     assert texts == ["One.\n", "Two.", "Name it.", "Femur.", "Be kind.", "Hi", "Hello."]
-    write_rows(tmp_path / "c.jsonl", [{"text": "One."}, {"messages": 3}])
-    with pytest.raises(DataError, match=r"c\.jsonl:2: 'messages' is a int"):
-        list(read_texts([tmp_path / "c.jsonl"]))
+    for row, message in (({"messages": 3}, "'messages' is a int"), ({"text": "\ud800"}, ".* half of a surrogate pair")):
+        write_rows(tmp_path / "c.jsonl", [{"text": "One."}, row])
+        with pytest.raises(DataError, match=rf"c\.jsonl:2: {message}"):
+            list(read_texts([tmp_path / "c.jsonl"]))
 
 
 def test_inspect(tmp_path, small):
@@ -287,15 +309,17 @@ def test_a_worker_that_is_ended(tmp_path):
         list(encode([(0, []), (1, [])], Dies(), 2))  # pyright: ignore[reportArgumentType]
 
 
-def test_append(tmp_path, small):
+def test_append(tmp_path, small, capfd):
     write_rows(tmp_path / "a.jsonl", [{"text": "One."}, ALPACA])
     write_rows(tmp_path / "b.jsonl", [{"text": "Two."}, {"text": "Two."}])
     both = prepare([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], small, tmp_path / "both", dedupe="exact")
-    prepare([tmp_path / "a.jsonl"], small, tmp_path / "out")
+    prepare([tmp_path / "a.jsonl"], small, tmp_path / "out", dedupe="exact")
+    assert "dedupe" not in capfd.readouterr().err
     stream = prepare([tmp_path / "b.jsonl"], small, tmp_path / "out", append=True, dedupe="exact")
     stream.verify()
     assert [stream.document(i).tolist() for i in range(3)] == [both.document(i).tolist() for i in range(3)]
     assert (len(stream), stream.sources, stream.manifest["report"]) == (3, ["a", "b"], both.manifest["report"])
+    assert "not against the documents that" in capfd.readouterr().err
 
 
 KILLED = """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tokenmill.data.errors import DataError
+from tokenmill.data.report import Report, inspect
 from tokenmill.data.shard import BLOCK, token_dtype
 from tokenmill.data.stream import TokenStream, fingerprint_of
 from tokenmill.data.writer import StreamWriter
@@ -175,6 +178,17 @@ def set_shard(**values):
         (set_shard(documents=3.0), r"shards\[0\]\.documents is of a wrong type, float"),
         (set_shard(tokens=2**63 - 1), r"00000\.tokens: .* bytes, expected"),
         (set_shard(silent=2**63), r"shards\[0\]\.silent is out of range"),
+        (lambda m: m.update(pairs=1), r"pairs is of a wrong type, int: expected bool"),
+        (lambda m: m.update(chat={"template": 1, "loss_on": "all"}), r"chat\.template is of a wrong type, int"),
+        (lambda m: m.update(chat={"template": "alpaca"}), r"chat\.loss_on is missing"),
+        (lambda m: m.update(report=None), r"report is of a wrong type, NoneType: expected dict"),
+        (lambda m: m.update(report={"bytes": {"a\nb": "9"}}), r"report\.bytes\['a\\nb'\] is of a wrong type, str"),
+        (lambda m: m.update(report={"bytes": {"a": -1}}), r"report\.bytes\['a'\] is out of range"),
+        (lambda m: m.update(report={"bytes": {}, "duplicates": {}}), r"report\.contaminated is missing"),
+        (
+            lambda m: m.update(report=Report().asdict() | {"duplicate_examples": [["a", 1]]}),
+            r"report\.duplicate_examples\[0\]\[1\] is of a wrong type, int: expected str",
+        ),
         (
             lambda m: m["shards"][0]["files"]["tokens"]["crc32"].append(1),
             r"00000\.tokens: has 1 blocks and 2 checksums",
@@ -187,6 +201,32 @@ def test_forged_manifests(make_stream, change, message):
     forge(stream, change)
     with pytest.raises(DataError, match=message):
         open_and_verify(stream.folder)
+
+
+def test_a_report_of_another_version(make_stream):
+    stream = make_stream([40, 30])
+    report = {**Report(duplicates=Counter(a=3), duplicate_examples=[["notes.txt:1", "a note"]]).asdict(), "later": 1}
+    forge(stream, lambda m: m.update(report=report))
+    assert "duplicates removed    3, such as\n  notes.txt:1: a note\n" in inspect(stream.folder)
+
+
+def test_inspecting_what_is_forged(make_stream):
+    stream = make_stream([40, 30, 20])
+    forge(stream, lambda m: m.update(pairs=True))
+    for look in (inspect, open_and_verify):
+        with pytest.raises(DataError, match=r"00000\.silent: spans are not those of preference pairs"):
+            look(stream.folder)
+    stream = make_stream([40, 30, 20], overwrite=True)
+    with StreamWriter(stream.folder.parent / "wide", Vocabulary(400)) as writer:  # pyright: ignore[reportArgumentType]
+        writer.add([5, 399], source="a")
+    wide = TokenStream.open(writer.folder)
+    with pytest.raises(DataError, match=r"tokenizer\.model: not the tokenizer that made this stream"):
+        inspect(wide.folder)
+    model = (stream.folder / "tokenizer.model").read_bytes()
+    (wide.folder / "tokenizer.model").write_bytes(model)
+    forge(wide, lambda m: m["tokenizer"].update(sha256=hashlib.sha256(model).hexdigest()))
+    with pytest.raises(DataError, match=r"00000\.tokens: holds token 399, outside the vocabulary of 300"):
+        inspect(wide.folder)
 
 
 def test_a_manifest_that_was_edited(make_stream):

@@ -239,6 +239,24 @@ def test_training_repeats_itself(small, tmp_path):
     assert train_tokenizer(iter(texts), 300, tmp_path / "deep" / "again.model").sha256 == small.sha256
 
 
+@pytest.mark.parametrize("stop", [DataError("notes.jsonl:3: 'text' is empty"), KeyboardInterrupt()])
+def test_what_stops_the_texts_stops_the_training(tmp_path, stop):
+    def texts():
+        yield "The patient has a fever."
+        raise stop
+
+    with pytest.raises(type(stop)) as raised:
+        train_tokenizer(texts(), 300, tmp_path / "x.model")
+    assert raised.value is stop
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_line_is_trained_on(tmp_path):
+    line = "é" * (1 << 19) + "ü"  # of more bytes than sentencepiece takes
+    tokenizer = train_tokenizer(["The patient.", line], 266, tmp_path / "x.model")
+    assert len(tokenizer.encode("éé", continues=True)) == 1
+
+
 def test_training_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(DataError, match=r"x\.model: no vocabulary of 5000 pieces .* Vocabulary size too high"):
         train_tokenizer(["a b c"], 5000, tmp_path / "x.model")

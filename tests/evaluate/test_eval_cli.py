@@ -127,6 +127,13 @@ def test_wrong_input_is_one_line_and_leaves_nothing(folder, capsys, command):
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.parametrize("command", [command for command in WRONG if "/nowhere" in command or "--s" in command])
+def test_what_needs_no_model_is_said_before_one_is_loaded(folder, capsys, monkeypatch, command):
+    monkeypatch.setattr("tokenmill.trainer.inference.resolve_model", lambda *_: pytest.fail("a model was loaded"))
+    assert run(folder, command) == 1
+    assert WRONG[command] in capsys.readouterr().err
+
+
 def test_stopped_in_the_middle_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
     """Answers are written at the end, under another name first: a run that is killed leaves no file."""
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from tokenmill.data.batch import Batch
-from tokenmill.trainer.evaluate.likelihood import batches, continuation_logprobs, shared_prefixes
+from tokenmill.trainer.distributed import World
+from tokenmill.trainer.evaluate.likelihood import batches, continuation_logprobs, likelihoods, shared_prefixes
 from tokenmill.trainer.model import ModelConfig, MoEConfig, Transformer
 
 PREFIXES = [[1], [1, 5, 9, 40, 3, 3, 7, 21, 8, 30, 11, 2], [1, 44], list(range(1, 24))]
@@ -82,6 +84,46 @@ def test_nothing_to_score():
     for prefixes, options in (([[]], [[[1]]]), ([[1]], [[[1], []]])):
         with pytest.raises(ValueError, match="prefix 0 or one of its continuations is empty"):
             continuation_logprobs(model, prefixes, options)
+
+
+def test_at_most_the_models_positions():
+    model = tiny("sdpa")
+    model.config = replace(model.config, max_positions=6)
+    assert len(continuation_logprobs(model, [[1, 2, 3], [1]], [[[4, 5, 6, 7]], [[2] * 6]])) == 2
+    with pytest.raises(ValueError, match="prefix 1 has 3 tokens, which with a continuation of 5 exceeds the model's 6"):
+        continuation_logprobs(model, [[1], [1, 2, 3]], [[[2]], [[1], [4, 5, 6, 7, 8]]])
+
+
+def test_greedy_continuations():
+    model = tiny("reference")
+    prefix = [1, 5, 9]
+    logits = model.logits(Batch.from_documents([prefix])).detach()
+    first, second = logits[-1].topk(2).indices.tolist()
+    then = int(model.logits(Batch.from_documents([[*prefix, first]])).detach()[-1].argmax())
+    ((a, b, c, d),) = likelihoods(model, [prefix], [[[first], [second], [first, then], [second, then]]])
+    assert [found.greedy for found in (a, b, c, d)] == [True, False, True, False]
+    assert a.logprob > b.logprob
+
+
+def test_ranks_share_the_batches():
+    """Each computes every second batch, or a ghost; together they have all results."""
+    model = tiny("sdpa")
+    alone = continuation_logprobs(model, PREFIXES, CONTINUATIONS, tokens_per_batch=1)
+    parts: list[torch.Tensor] = []
+
+    class Half(World):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            parts.append(values.clone())
+            return values
+
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    for rank in range(3):
+        continuation_logprobs(model, PREFIXES, CONTINUATIONS, tokens_per_batch=1, world=Half(rank, 3))
+    assert len(passes) == 3 * 2  # four batches in two turns of three
+    total = torch.stack(parts).sum(0)[0]
+    assert total.tolist() == [logprob for row in alone for logprob in row]
+    assert (torch.stack(parts)[:, 0] != 0).sum() == len(total)
 
 
 def test_batches_hold_everything_once():

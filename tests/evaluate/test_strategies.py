@@ -329,6 +329,21 @@ def test_samples_that_would_be_the_same(asker):
         evaluate(asker, QUESTIONS, Strategy(temperature=-1.0))
 
 
+@pytest.mark.parametrize("by", ["text", "letter", "generate"])
+def test_a_prompt_that_is_too_long_is_named_before_the_model_runs(asker, by, monkeypatch):
+    for name in ("generate", "continuation_logprobs"):
+        monkeypatch.setattr(strategies, name, lambda *_, **__: pytest.fail("the model ran"))
+    model = Transformer(replace(asker.model.config, max_positions=80))
+    long = replace(QUESTIONS[2], question="Which of these? " * 40)
+    with pytest.raises(ValueError, match="q:2: its prompt has .* exceeds the model's 80 positions"):
+        evaluate(replace(asker, model=model), [*QUESTIONS[:2], long], by=by)
+    with pytest.raises(ValueError, match="q:0: its prompt has .* tokens, which with an answer of 44 exceeds"):
+        evaluate(replace(asker, model=model, max_new_tokens=40), QUESTIONS, STRATEGIES["chain-of-thought"])
+    pool = [*POOL[:6], replace(long, id="p:6")]
+    with pytest.raises(ValueError, match="p:6: its prompt has"):
+        evaluate(replace(asker, model=model), QUESTIONS, STRATEGIES["medprompt"], pool=pool)
+
+
 def test_weights_that_diverged(asker):
     model = Transformer(asker.model.config)
     with torch.no_grad():

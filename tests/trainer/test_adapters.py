@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,15 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from test_distributed import run, start, stop_at
+from torch.distributed.tensor import DTensor
 
 from tokenmill.data.batch import Batch
 from tokenmill.trainer import loop
-from tokenmill.trainer.checkpoint import latest_checkpoint, load_model, save_checkpoint
+from tokenmill.trainer.checkpoint import latest_checkpoint, load_model, resolve_model, save_checkpoint
 from tokenmill.trainer.cli import main
 from tokenmill.trainer.config import ConfigError, load_recipe
-from tokenmill.trainer.distributed import World
+from tokenmill.trainer.distributed import World, join
 from tokenmill.trainer.model import Transformer
 from tokenmill.trainer.model.weights import load_hf, save_hf
 
@@ -72,7 +75,8 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_learns_and_keeps_adapters_only(kind, recipe, trainer, tmp_path):
     out = tmp_path / "run"
-    run = trainer(recipe(KINDS[kind]), f"--output={out}", "--optimizer.learning_rate=1e-2", "--train.steps=20")
+    options = ("--optimizer.learning_rate=1e-2", "--train.steps=20", "--data.overlong=split")
+    run = trainer(recipe(KINDS[kind]), f"--output={out}", *options)
     before = load_model(tmp_path / "base").logits(BATCH)
     run.train()
     assert losses(out)[-1] < losses(out)[0] - 0.1
@@ -91,6 +95,23 @@ def test_a_run_learns_and_keeps_adapters_only(kind, recipe, trainer, tmp_path):
     logits = run.model.eval().logits(BATCH).detach()
     assert not torch.allclose(logits, before, atol=0.05)
     torch.testing.assert_close(load_model(out).logits(BATCH), logits, rtol=0, atol=1e-5)  # merged into its base
+
+
+@pytest.mark.parametrize("kind", [LORA, f'{NF4}, kind = "dora"'])
+def test_merged_in_another_dtype_is_rounded_once(kind, recipe, trainer, tmp_path):
+    """What is quantised, and what adapters are added to, are the numbers of the base's files, here in fp32."""
+    trainer(recipe(kind), "--train.steps=3", "--optimizer.learning_rate=1e-2").train()
+    exact = load_model(tmp_path / "run")
+    rounded = load_model(tmp_path / "run", torch.bfloat16)
+    for (name, one), other in zip(exact.named_parameters(), rounded.parameters(), strict=True):
+        assert torch.equal(one.bfloat16(), other), name
+    with join("cpu", sharded=True) as world:
+        options = (f"--model.path={tmp_path / 'run'}", "--train.precision=bf16")
+        plain = replace(load_recipe(recipe(kind), options), adapter=None)
+        model = loop.build_model(plain, world, resolve_model(tmp_path / "run"))
+        for one, other in zip(rounded.parameters(), model.parameters(), strict=True):
+            assert isinstance(other, DTensor)
+            assert torch.equal(one, other.full_tensor())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,6 +195,50 @@ def test_export_merges_or_writes_pefts_folder_which_starts_another_run(recipe, t
     capsys.readouterr()
     assert main(["export", str(tmp_path / "base"), str(tmp_path / "other"), "--adapter"]) == 1
     assert "holds no adapters" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # PEFT's own
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_the_base_of_exported_adapters_is_one_that_peft_can_open(recipe, trainer, tmp_path, capsys):
+    path, ours, hf, peft = recipe(), tmp_path / "ours", tmp_path / "ours_hf", tmp_path / "peft"
+    assert main(["import", str(tmp_path / "base"), str(ours)]) == 0
+    assert main(["export", str(ours), str(hf)]) == 0
+    run = trainer(path, "--train.steps=1", f"--model.path={ours}").train()
+    capsys.readouterr()
+
+    def named(*options: str) -> str | None:
+        shutil.rmtree(peft, ignore_errors=True)
+        assert main(["export", str(run), str(peft), "--adapter", *options]) == 0
+        return json.loads((peft / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+    assert named() is None
+    assert f"`tokenmill export {ours} HF_FOLDER`, and export the adapters again with --base" in capsys.readouterr().out
+    assert named("--base=mistralai/Mistral-7B-v0.1") == "mistralai/Mistral-7B-v0.1"
+    assert named(f"--base={hf}") == str(hf)
+    tuned = AutoPeftModelForCausalLM.from_pretrained(peft)
+    ids = torch.tensor([[5, 9, 300, 41, 7, 8]])
+    torch.testing.assert_close(
+        load_model(run).logits(Batch.from_documents(ids.tolist())), tuned(ids).logits[0], rtol=0, atol=1e-5
+    )
+
+    shutil.rmtree(peft)
+    config = json.loads((hf / "config.json").read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"vocab_size": 321}))
+    capsys.readouterr()
+    for options, message in (
+        (
+            ["--adapter", f"--base={tmp_path}/other"],
+            "other: its model has vocab_size = 321, that beneath the adapters 320",
+        ),
+        (["--adapter", f"--base={ours}"], "ours/config.json is missing; expected a Hugging Face model folder"),
+        (["--adapter", f"--base={tmp_path}/gone"], "gone: no such folder; expected one of Hugging Face's, or a name"),
+        ([f"--base={hf}"], "--base names the model beneath adapters: give it together with --adapter"),
+    ):
+        assert main(["export", str(run), str(peft), *options]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+        assert not peft.exists()
 
 
 def test_a_run_starts_from_anothers_merged_adapters(recipe, trainer, tmp_path):

@@ -25,6 +25,12 @@ def load(tmp_path, *overrides, text=RECIPE):
     return load_recipe(path, overrides)
 
 
+def test_overlong_documents_by_objective(tmp_path):
+    for objective, expected in (("pretrain", "split"), ("sft", "reject"), ("dpo", "error")):
+        assert load(tmp_path, f"--objective={objective}").overlong == expected
+        assert load(tmp_path, f"--objective={objective}", "--data.overlong=split").overlong == "split"
+
+
 def test_values_defaults_and_overrides(tmp_path):
     recipe = load(
         tmp_path, "--loss.neftune_alpha=5", "--output=runs/y", "--data.sources.1.stream=c d", "--train.validate_every=3"
@@ -102,6 +108,27 @@ def test_files_that_cannot_be_read(tmp_path):
         load(tmp_path, text=RECIPE.replace('output = "runs/x"', ""))
     with pytest.raises(ConfigError, match="either model.path or model.new"):
         load(tmp_path, text=RECIPE.replace('model.path = "somewhere"', "model = {}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--objective=dpo", "--loss.z=0.1"], "loss.z: expected 0 with objective = 'dpo'"),
+        (["--dpo.beta=0.2"], "dpo: expected no such section unless objective = 'dpo', got {'beta': 0.2}"),
+        (["--objective=pretrain", "--dpo.loss=ipo"], "dpo: expected no such section .* got {'loss': 'ipo'}"),
+        (["--adapter.quantise_experts=false"], "adapter: expected quantise = 'nf4' .* got {'quantise_experts': False}"),
+        (["--adapter.quantise_router=true"], "adapter: expected quantise = 'nf4' .* got {'quantise_router': True}"),
+        (["--objective=dpo", "--dpo.beta=0.2"], None),
+        (["--dpo.beta=0.1", "--loss.z=0.1"], None),
+        (["--adapter.quantise=nf4", "--adapter.quantise_experts=false", "--adapter.quantise_router=true"], None),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(tmp_path, overrides, message):
+    if message is None:
+        load(tmp_path, *overrides)
+        return
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, *overrides)
 
 
 def test_neftune_belongs_to_tuning(tmp_path):

@@ -260,6 +260,25 @@ def test_resumed_is_bitwise_the_same(dpo_recipe, tmp_path):
         assert torch.equal(a, b), name
 
 
+def test_a_resume_with_another_reference_is_refused(dpo_recipe, make_recipe, likes, tmp_path):
+    """A path that names a run means another checkpoint once that is trained further."""
+    parent = make_recipe(f"--output={tmp_path / 'parent'}", "--train.steps=1")
+    began = loop.train(parent)
+
+    def tuned(path: Path, steps: int):
+        recipe = dpo_recipe(f"--train.steps={steps}")
+        return replace(recipe, model=replace(recipe.model, new=None, path=str(path)))
+
+    checkpoint = loop.train(tuned(tmp_path / "parent", 2))
+    state = json.loads((checkpoint / "checkpoint.json").read_text())["state"]
+    tables = sorted(likes.glob("likes*/reference-*.npz"))
+    loop.train(replace(parent, train=replace(parent.train, steps=2)))
+    with pytest.raises(ValueError, match=f"{checkpoint}: its reference was {state['reference'][:12]}, the recipe's is"):
+        loop.Trainer(tuned(tmp_path / "parent", 3), World())
+    assert sorted(likes.glob("likes*/reference-*.npz")) == tables  # nor was it computed
+    assert loop.train(tuned(began, 3)).name == "step-00000003"
+
+
 def test_rmsprop(dpo_recipe, tmp_path):
     options = ("--optimizer.kind=rmsprop", "--optimizer.weight_decay=0.0", "--optimizer.betas=[0.0, 0.99]")
     for precision in ("fp32", "bf16-mixed"):
@@ -284,6 +303,38 @@ def test_streams_and_objectives_must_fit(dpo_recipe, make_recipe, likes):
         ValueError, match=r"likes: \d+ of 60 pairs are longer than data.sequence_length = 20.* set it to"
     ):
         loop.Trainer(dpo_recipe("--data.sequence_length=20"), World())
+    with pytest.raises(ValueError, match="a pair is never cut; .* or leave them out by data.overlong = 'reject'"):
+        loop.Trainer(dpo_recipe("--data.sequence_length=20", "--data.overlong=split"), World())
+    with pytest.raises(ValueError, match="fits 8 tokens: nothing to learn from"):
+        loop.Trainer(dpo_recipe("--data.sequence_length=8", "--data.overlong=reject"), World())
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "simpo"])
+def test_overlong_pairs_are_left_out_where_that_is_wanted(dpo_recipe, streams, likes, tmp_path, capsys, loss):
+    """The same run, to the bit, as on streams without them."""
+    longest, kept = 40, []
+    for name in ("likes", "likes_held_out"):
+        rows = (likes / f"{name}.jsonl").read_text().splitlines()
+        lengths = TokenStream.open(likes / name).lengths
+        fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= longest]
+        assert (lengths > longest)[: len(rows) // 2].any()  # so that others have another number than in the stream
+        assert 0 < len(fitting) < len(rows)
+        kept.append(f"{len(rows) - len(fitting)} ")
+        folder = tmp_path / "fitting" / name
+        folder.parent.mkdir(exist_ok=True)
+        (tmp_path / "fitting.jsonl").write_text("\n".join(fitting))
+        prepare([tmp_path / "fitting.jsonl"], streams / "tokenizer.model", folder, progress=False)
+    options = (f"--data.sequence_length={longest}", "--train.steps=5", f"--dpo.loss={loss}")
+    _, *whole = train(dpo_recipe(*options, "--data.overlong=reject"))
+    banner = capsys.readouterr().out
+    assert f"{kept[0]}documents of more than 40 tokens are left out" in banner
+    assert f"likes_held_out: {kept[1]}of 20 pairs have more than 40 tokens: not validated on" in banner
+    fitting = f'--data.sources=[{{stream="{tmp_path}/fitting/likes"}}]'
+    held_out = f'--data.validation=["{tmp_path}/fitting/likes_held_out"]'
+    _, *without = train(dpo_recipe(*options, fitting, held_out, f"--output={tmp_path / 'other'}"))
+    for key in ("loss", "tokens", "preference"):
+        assert [r[key] for r in whole[0]] == [r[key] for r in without[0]]
+    assert whole[1] == without[1]
 
 
 @pytest.mark.parametrize(

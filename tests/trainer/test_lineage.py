@@ -18,6 +18,7 @@ from tokenmill.trainer.adapters import Base
 from tokenmill.trainer.cli import main
 from tokenmill.trainer.distributed import World
 from tokenmill.trainer.lineage import parent, read_lineage, total_tokens
+from tokenmill.trainer.model.config import AdapterConfig
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +59,50 @@ def test_a_checkpoint_tells_what_it_was_made_from(make_recipe, streams, tmp_path
     said = capsys.readouterr().out
     assert f"trained       sft, 1 steps, {tokens[2]:,} tokens" in said
     assert f"\n  from          {base.path} ({base.fingerprint[:12]})\n    trained       pretrain, 2 steps" in said
+
+
+def test_tokens_of_a_shared_ancestor_are_counted_once(make_recipe, tmp_path):
+    first = loop.train(make_recipe("--train.steps=2"))
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for seed, run in enumerate(runs):
+        loop.train(begin_from(make_recipe(f"--output={run}", "--train.steps=1", f"--seed={seed}"), first))
+    assert main(["merge-models", *map(str, runs), "--output", str(tmp_path / "merged")]) == 0
+    tuned = loop.train(
+        begin_from(make_recipe(f"--output={tmp_path / 'tuned'}", "--train.steps=1"), tmp_path / "merged")
+    )
+    tokens = [
+        json.loads((latest / "checkpoint.json").read_text())["state"]["tokens"]
+        for latest in (first, *(run / "checkpoints/step-00000001" for run in runs), tuned)
+    ]
+    assert total_tokens(tuned) == sum(tokens)
+
+
+def test_adapters_and_moments_that_it_began_with_are_told(make_recipe, tmp_path, capsys):
+    first = loop.train(make_recipe("--train.steps=2", "--train.checkpoint_every=1"))
+    before = first.with_name("step-00000001")
+
+    def run(name, *options, folder=before):
+        return loop.train(begin_from(make_recipe(f"--output={tmp_path / name}", "--train.steps=1", *options), folder))
+
+    moments = run("moments", f"--optimizer.moments={tmp_path / 'run'}")
+    assert read_lineage(moments)["parents"] == [parent(Base.of(before)), parent(Base.of(first), "moments")]
+    own = json.loads((moments / "checkpoint.json").read_text())["state"]["tokens"]
+    assert total_tokens(moments) == own + total_tokens(before)  # its weights have not seen the others
+    same = run("same", f"--optimizer.moments={tmp_path / 'run'}", folder=first)  # another name of one checkpoint
+    assert read_lineage(same)["parents"] == [parent(Base.of(first))]
+
+    lora = AdapterConfig(rank=2, targets=("attention",))
+    recipe = begin_from(make_recipe(f"--output={tmp_path / 'lora'}", "--train.steps=1"), first)
+    loop.train(replace(recipe, adapter=lora))
+    assert main(["export", str(tmp_path / "lora"), str(tmp_path / "peft"), "--adapter"]) == 0
+    recipe = replace(recipe, output=str(tmp_path / "again"), adapter=replace(lora, path=str(tmp_path / "peft")))
+    again = loop.train(recipe)
+    adapters = Base.of(tmp_path / "peft")
+    assert read_lineage(again)["parents"] == [parent(Base.of(first)), parent(adapters, "adapters")]
+    capsys.readouterr()
+    assert main(["inspect", str(again)]) == 0
+    said = capsys.readouterr().out
+    assert f"from          {adapters.path} ({adapters.fingerprint[:12]}), adapters alone" in said
 
 
 def test_an_imported_model_has_one_too(make_recipe, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils import deterministic
 
+from tokenmill.data.stream import TokenStream
 from tokenmill.trainer import loop, shards
 from tokenmill.trainer.checkpoint import latest_checkpoint, load_model
 from tokenmill.trainer.distributed import World
@@ -231,6 +232,22 @@ def test_a_model_is_tuned_from_a_run(make_recipe, tmp_path):
         assert torch.equal(a, b), name
     assert second.state.step == 0
     second.train()
+
+
+def test_no_answer_is_tuned_without_its_instruction(make_recipe, streams, capsys):
+    """By default nothing is cut in fine-tuning, and the banner says how much is left out."""
+    options = ["--objective=sft", f'--data.sources=[{{stream="{streams}/talks"}}]', "--data.sequence_length=40"]
+    stream = TokenStream.open(streams / "talks")
+    overlong = int((stream.lengths > 40).sum())
+    assert 0 < overlong < len(stream)
+    for fate, said in (("reject", "left out"), ("split", "cut into parts")):
+        trainer = Trainer(make_recipe(*options, *([] if fate == "reject" else [f"--data.overlong={fate}"])))
+        trainer.log.close()
+        assert f"{overlong} documents of more than 40 tokens are {said}" in capsys.readouterr().out
+        begun = []
+        for batch in next(trainer.loader).micro_batches:
+            begun += batch.tokens[batch.layout.cu_seqlens[:-1].long()].tolist()
+        assert (set(begun) == {stream.bos_id}) == (fate == "reject")
 
 
 def test_streams_must_fit_the_model(make_recipe, streams, tmp_path):

@@ -208,6 +208,19 @@ def test_all_the_weight_is_that_model_bit_by_bit(method):
     assert torch.equal(linear(iter((a, b, a)), (0, 0, 1)), a)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_without_weights_shares_are_equal_and_the_others_1(folders, tmp_path, method):
+    """As in the papers of task arithmetic and DARE: what was learnt is added up."""
+    count = len(METHODS[method].weights)
+    share = 1 / count if method in ("linear", "slerp", "ties") else 1.0
+    paths, _ = folders(DENSE, count)
+    base = None if method in ("linear", "slerp") else paths[0]
+    for name, weights in (("without", ()), ("with", (share,) * count)):
+        merge_models(paths[1:], tmp_path / name, replace(METHODS[method], weights=weights), base=base)
+    without, given = (load_file(tmp_path / name / "model-00000.safetensors") for name in ("without", "with"))
+    assert all(torch.equal(without[name], given[name]) for name in given)
+
+
 def test_slerp_where_there_is_no_arc():
     a = torch.randn(5, 9)
     assert torch.allclose(slerp(a, 3 * a, 0.25), 1.5 * a, rtol=1e-6)

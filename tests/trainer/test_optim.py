@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,8 @@ from tokenmill.kernels.adamw import adamw_
 from tokenmill.trainer.checkpoint import load_training, save_checkpoint
 from tokenmill.trainer.config import OptimizerSection
 from tokenmill.trainer.distributed import World, join, shard
-from tokenmill.trainer.model import ModelConfig, Transformer
+from tokenmill.trainer.model import ModelConfig, MoEConfig, Transformer, lora
+from tokenmill.trainer.model.config import AdapterConfig
 from tokenmill.trainer.optim import StochasticAdamW, build_optimizer
 from tokenmill.trainer.state import TrainState
 
@@ -56,6 +58,24 @@ def test_eight_bytes_a_parameter():
     held: list[Tensor] = [*model.parameters(), *model.parameters()]  # gradients have their dtype
     held += [t for state in optimizer.state.values() for t in state.values() if t.dim()]
     assert sum(t.nbytes for t in held) == 8 * sum(p.numel() for p in model.parameters())
+
+
+def test_lengths_are_not_decayed():
+    """Norms' gains and DoRA's magnitudes, also those of experts, which have two dimensions; all else is."""
+    model = Transformer(dataclasses.replace(CONFIG, moe=MoEConfig(3)), moe="reference")
+    lora.attach(model, AdapterConfig(kind="dora", rank=2, targets=("attention", "experts", "router")))
+    model.requires_grad_()
+    decayed, others = ({id(p) for p in group["params"]} for group in build_optimizer(model, SECTION).param_groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert names.keys() == decayed | others
+    of_experts = {name for i, name in names.items() if i in others and model.get_parameter(name).dim() == 2}
+    assert of_experts == {
+        f"blocks.{block}.feed_forward.adapters.{weight}.magnitude"
+        for block in range(CONFIG.n_layers)
+        for weight in ("w_gate_up.gate", "w_gate_up.up", "w_down.down")
+    }
+    assert {names[i].rpartition(".")[2] for i in decayed} == {"weight", "w_gate_up", "w_down", "a", "b"}
+    assert not {names[i] for i in decayed if "norm" in names[i]}
 
 
 def test_each_parameter_has_its_number_decay_and_steps():

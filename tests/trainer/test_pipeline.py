@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import torch
 
 from tokenmill.data.prepare import prepare
 from tokenmill.trainer import loop, pipeline
+from tokenmill.trainer.adapters import Base, adapter_tensors, read_adapter
 from tokenmill.trainer.checkpoint import load_model, load_moments, step_folder
 from tokenmill.trainer.config import ConfigError, build, load_recipe, read_toml
 from tokenmill.trainer.distributed import World
@@ -132,6 +134,84 @@ def test_killed_in_its_second_stage_it_goes_on_to_the_same_bits(file, tmp_path, 
         assert record(tmp_path / "out" / name)["result"] == record(tmp_path / "whole" / name)["result"]
 
 
+QLORA = """
+output = "{folder}/qlora"
+set.data = {{ sequence_length = 64, packs_per_step = 4 }}
+set.optimizer.learning_rate = 1e-2
+set.train = {{ steps = 4, checkpoint_every = 2 }}
+
+[[stages]]
+name = "cpt"
+recipe = "recipe.toml"
+set.data.validation = []
+
+[[stages]]
+name = "sft"
+parent = "cpt"
+[stages.recipe]
+objective = "sft"
+data.sources = [{{ stream = "{streams}/talks" }}]
+adapter = {{ rank = 4, quantise = "nf4" }}
+
+[[stages]]
+name = "dpo"
+parent = "sft"
+[stages.recipe]
+objective = "dpo"
+data.sources = [{{ stream = "{folder}/pairs" }}]
+adapter = {{ rank = 4, quantise = "nf4" }}
+"""
+
+
+@pytest.fixture
+def qlora(make_recipe, streams, tmp_path) -> Path:
+    """SFT and then DPO on weights in 4 bits."""
+    make_recipe()
+    row = {"prompt": "fever or pain?", "chosen": "dose given", "rejected": "iron scan"}
+    (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps(row)] * 8))
+    prepare([tmp_path / "pairs.jsonl"], streams / "tokenizer.model", tmp_path / "pairs", progress=False)
+    path = tmp_path / "qlora.toml"
+    path.write_text(QLORA.format(folder=tmp_path, streams=streams))
+    return path
+
+
+def test_adapters_on_weights_in_4_bits_are_trained_on_in_the_next_stage(qlora, tmp_path):
+    pipeline.run(qlora)
+    out = tmp_path / "qlora"
+    base, sft, dpo = (step_folder(out / name, 4) for name in ("cpt", "sft", "dpo"))
+    (adapter, beneath), (again, same) = (found for f in (sft, dpo) if (found := read_adapter(f)))
+    assert beneath == same == Base.of(base)
+    assert again == replace(adapter, path=str(sft))
+    recipe = pipeline.plan(qlora)[-1].recipe
+    model = loop.build_model(recipe, World(), base)
+    for name, factor in adapter_tensors(sft).items():
+        assert torch.equal(model.get_parameter(name), factor), name
+    assert any(not torch.equal(factor, adapter_tensors(sft)[name]) for name, factor in adapter_tensors(dpo).items())
+    first, *_, last = (json.loads(line) for line in (out / "dpo" / "metrics.jsonl").read_text().splitlines())
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)  # of what it begins from, which is its reference
+    assert last.get("loss", 0) < first["loss"]
+    assert record(out / "dpo")["result"]["total_tokens"] == sum(
+        record(out / name)["result"]["tokens"] for name in ("cpt", "sft", "dpo")
+    )
+
+    whole = adapter_tensors(dpo)  # and from its middle on to the same bits
+    shutil.rmtree(dpo)
+    path = out / "dpo" / "stage.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"result": None}))
+    pipeline.run(qlora)
+    for name, factor in adapter_tensors(dpo).items():
+        assert torch.equal(factor, whole[name]), name
+
+
+@pytest.mark.parametrize("keys", ["{rank=8, quantise='nf4'}", "{rank=4, quantise='nf4', path='x'}"])
+def test_other_adapters_on_weights_in_4_bits_are_refused(qlora, tmp_path, keys):
+    with pytest.raises(
+        ConfigError, match="stage 'dpo': parent: its adapters cannot be merged into weights in 4 bits; to"
+    ):
+        pipeline.run(qlora, [f"--stages.2.recipe.adapter={keys}"])
+    assert not (tmp_path / "qlora").exists()
+
+
 def test_killed_before_a_result_is_written_it_is_read_again(file, tmp_path, capsys):
     pipeline.run(file, short())
     path = tmp_path / "out" / "tune" / "stage.json"
@@ -148,10 +228,10 @@ def test_a_signal_in_a_stages_last_step_stops_the_pipeline(file, tmp_path, monke
     """In any but the last stage, whose work is then done."""
     validate = loop.Trainer.validate
 
-    def then_a_signal(self):
+    def then_a_signal(self, scores):
         if self.output.name == ("cpt", "tune", "again")[stage]:
             signal.raise_signal(signal.SIGTERM)
-        return validate(self)
+        return validate(self, scores)
 
     monkeypatch.setattr(loop.Trainer, "validate", then_a_signal)
     if stage:
@@ -206,7 +286,7 @@ WRONG = {
     "kept: adapters": (["--stages.2.set.adapter.rank=4"], "optimizer: 'keep' is not for adapters"),
     "adapters": (["--stages.1.set.adapter.targets=['attn']"], "stage 'tune-3': .*attn"),
     "4 bits": (
-        ["--stages.1.set.adapter={quantise='nf4'}", "--stages.2.set.adapter={quantise='nf4'}", *RESET],
+        ["--stages.1.set.adapter={rank=4}", "--stages.2.set.adapter={quantise='nf4'}", *RESET],
         "stage 'again-3': parent: its adapters cannot be merged",
     ),
     "pairs": (["--stages.2.recipe.objective=dpo"], "stage 'again-3': .*holds no preference pairs"),

@@ -22,10 +22,13 @@ from transformers import (
 
 from tokenmill.data.batch import Batch
 from tokenmill.data.chat import render
+from tokenmill.data.prepare import prepare
 from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer
 from tokenmill.trainer.checkpoint import load_model
 from tokenmill.trainer.cli import main
+from tokenmill.trainer.distributed import World
+from tokenmill.trainer.vocabulary import check_rows
 
 START, END = "<|im_start|>", "<|im_end|>"
 ADD = ["--add-tokens", START, END]
@@ -170,6 +173,23 @@ optimizer = {{ learning_rate = 3e-2 }}
     stream, tokenizer = TokenStream.open(tmp_path / "stream"), Tokenizer.open(tmp_path / "ours")
     assert stream.document(0).tolist() == render(NOTES, tokenizer)[0]
     assert Tokenizer.open(next((tmp_path / "run" / "checkpoints").iterdir())).sha256 == tokenizer.sha256
+
+
+def test_rows_that_adapters_leave_equal_are_told(streams, tmp_path):
+    """A model that was imported with ChatML's tokens; and one whose rows were trained since, or a plain stream."""
+    hugging_face(tmp_path / "hf", streams)
+    assert main(["import", f"{tmp_path}/hf", f"{tmp_path}/ours", *ADD]) == 0
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": NOTES}))
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "It is a fever."}))
+    for name in ("chat", "text"):
+        prepare([tmp_path / f"{name}.jsonl"], tmp_path / "ours", tmp_path / name, progress=False)
+    chat, text = (TokenStream.open(tmp_path / name) for name in ("chat", "text"))
+    model = load_model(tmp_path / "ours")
+    check_rows(model, [text], World())
+    with pytest.warns(UserWarning, match=r"chat: template 'chatml' places <\|im_start\|> and <\|im_end\|>, whose rows"):
+        check_rows(model, [text, chat], World())
+    model.head.weight.data[321, 3] += 1e-3
+    check_rows(model, [text, chat], World())
 
 
 def test_wrong_input_is_one_line_and_leaves_nothing(streams, tmp_path, capsys):

@@ -28,6 +28,10 @@ class Metric:
     questions: Floats  # (N, C) what each question adds to each of C sums
     value: Callable[[Floats], Floats]  # (B, C) sums of N questions each -> (B,)
 
+    @property
+    def observed(self) -> float:
+        return float(self.value(self.questions.sum(0, keepdims=True))[0])
+
 
 @dataclass(frozen=True)
 class Estimate:

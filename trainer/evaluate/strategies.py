@@ -244,7 +244,7 @@ def check_lengths(asker: Asker, questions: Sequence[Question], asked: Sequence[P
         if len(prompt.ids) + answer > most:
             raise ValueError(
                 f"{question.id}: its prompt has {len(prompt.ids)} tokens, which with an answer of {answer} exceeds the "
-                f"model's {most} positions: take fewer shots (--k) or new tokens, or leave the question out"
+                f"model's {most} positions: take fewer shots (k) or new tokens, or leave the question out"
             )
 
 

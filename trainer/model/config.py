@@ -94,7 +94,7 @@ class AdapterConfig:
     quantise: Literal["none", "nf4"] = "none"  # nf4: frozen weights in 4 bits (QLoRA)
     quantise_experts: bool = True
     quantise_router: bool = False
-    path: str | None = None  # a folder that PEFT wrote, to start from; None: adapters that change nothing yet
+    path: str | None = None  # a folder that PEFT wrote, or a checkpoint, to start from; None: they change nothing yet
 
     def __post_init__(self) -> None:
         if self.rank < 1:

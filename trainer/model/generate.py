@@ -59,7 +59,7 @@ class Step(NamedTuple):
     sequences: NDArray[np.int64]  # (n,)
     tokens: NDArray[np.int64]  # (n,)
     stopped: NDArray[np.bool_]  # (n,) whether it is a stop id, which is not part of the answer
-    ended: NDArray[np.bool_]  # (n,) whether the sequence ends here, by a stop id or its length
+    ended: NDArray[np.bool_]  # (n,) whether the sequence ends here, by a stop id or its length; set, it ends too
 
 
 def generate(

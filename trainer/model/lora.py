@@ -15,7 +15,6 @@ Those of the experts have factors an expert, (E, r, inputs) and (E, outputs, r),
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -26,10 +25,10 @@ from torch.distributed.tensor import DTensor
 
 from tokenmill.trainer.model.config import AdapterConfig, ModelConfig
 from tokenmill.trainer.model.moe import MoELayer
-from tokenmill.trainer.model.quantise import NF4Weight, dense
+from tokenmill.trainer.model.quantise import NF4Weight, dense, dequantise, quantise
 from tokenmill.trainer.model.rows import local_part, local_rows
 from tokenmill.trainer.model.transformer import Transformer, TransformerBlock
-from tokenmill.trainer.model.weights import layout_of
+from tokenmill.trainer.model.weights import Filled, layout_of
 
 # Ours of Hugging Face's names of the projections.
 _NAMES = {
@@ -105,7 +104,6 @@ class Adapter(nn.ModuleDict):
         super().__init__({p.part: Factors(experts, p.rows, inputs, config) for p in parts})
         self.starts = [p.start for p in parts]
         self.scale = config.scale
-        self.enabled = True
 
     def parts(self) -> Iterator[tuple[int, Factors]]:
         """The first row and the factors of each."""
@@ -133,8 +131,6 @@ class Adapter(nn.ModuleDict):
         """y (M, outputs), the product of x (M, inputs) and weight, adapted. `linear` is that product, of rows sorted by
         expert if there are `offsets` (E,), the ends of each one's.
         """
-        if not self.enabled:
-            return y
         a, b = self.stacked()
         y = y + linear(linear(x, a), b)
         if (lengths := self._relative_lengths(weight, a, b)) is None:
@@ -245,42 +241,60 @@ def _put(parameter: Tensor, whole: Tensor) -> None:
     local.copy_(whole[first : first + local.shape[0]])
 
 
-@contextmanager
-def switched_off(model: Transformer) -> Iterator[None]:
-    """Within: the base model, bit by bit, as a reference for what the adapters have learnt."""
-    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
-    before = [adapter.enabled for adapter in adapters]
-    for adapter in adapters:
-        adapter.enabled = False
-    try:
-        yield
-    finally:
-        for adapter, enabled in zip(adapters, before, strict=True):
-            adapter.enabled = enabled
-
-
-def merge_into(model: Transformer, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Add adapters, as whole tensors by their names, into the weights of `model`, which has none and may be sharded.
-    Computed in float32 and rounded once. What was the base is gone: to have it back, load it again.
+def merging(
+    targets: Mapping[str, Tensor | Filled], model: ModelConfig, config: AdapterConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor | Filled]:
+    """`targets`, a model's weights that a base is to be read into, with adapters between: whole tensors by their names.
+    Each is added to what training had beneath it, made from the base's own numbers, in float32, and rounded once.
     """
-    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-    for projection in select(model.config, config.targets).values():
-        weight = parameters[projection.weight]
-        local, first = local_rows(weight)
-        stride = weight.shape[-2] if weight.dim() == 3 else 0  # from the rows of one expert to those of the next
-        for e in range(len(projection.theirs)):
-            a, b, magnitude = (
-                None if (t := tensors.get(projection.factor(kind))) is None else (t[e] if t.dim() > dim else t).float()
+    where, packed = layout_of(model), quantised_weights(model, config)
+    adapters: dict[str, dict[int, list[Tensor | None]]] = {name: {} for name in packed}
+    for projection in select(model, config.targets).values():
+        of_weight = adapters.setdefault(projection.weight, {})
+        for e, theirs in enumerate(projection.theirs):
+            of_weight[where[theirs].start] = [
+                None if (t := tensors.get(projection.factor(kind))) is None else t[e] if t.dim() > dim else t
                 for kind, dim in (("a", 2), ("b", 2), ("magnitude", 1))
-            )
+            ]
+    return {
+        name: _Merged(target, name in packed, config.scale, adapters[name]) if name in adapters else target
+        for name, target in targets.items()
+    }
+
+
+class _Merged:
+    """A weight that is read through adapters, each by the first row of the part that it adapts."""
+
+    def __init__(
+        self,
+        target: Tensor | Filled,
+        quantised: bool,
+        scale: float,
+        adapters: Mapping[int, Sequence[Tensor | None]],
+    ) -> None:
+        self.target, self.shape = target, target.shape
+        self.quantised, self.scale, self.adapters = quantised, scale, adapters
+
+    @torch.no_grad()
+    def fill(self, start: int, weight: Tensor) -> None:
+        """Hand on `weight`, the part whose first row is `start`, merged; of a sharded target the rows that are here."""
+        target, here = self.target, slice(0, len(weight))
+        if isinstance(target, Tensor):
+            local, first = local_rows(target)
+            here = slice(max(0, first - start), min(len(weight), first + len(local) - start))
+            if here.start >= here.stop:
+                return
+            weight, target = weight.to(local.device), local[start + here.start - first : start + here.stop - first]
+        whole = dequantise(quantise(weight), weight.shape, torch.float32) if self.quantised else weight.float()
+        merged = whole[here]
+        if start in self.adapters:
+            a, b, magnitude = (t if t is None else t.to(weight.device).float() for t in self.adapters[start])
             assert a is not None
             assert b is not None
-            start = projection.start + e * stride
-            begin, end = max(start, first), min(start + projection.rows, first + len(local))
-            if begin >= end:
-                continue
-            here, rows = local[begin - first : end - first], slice(begin - start, end - start)
-            merged = here.float() + config.scale * (b[rows].to(here.device) @ a.to(here.device))
+            merged = merged + self.scale * (b[here] @ a)
             if magnitude is not None:
-                merged *= (magnitude[rows].to(here.device) / torch.linalg.vector_norm(merged, dim=-1))[:, None]
-            here.copy_(merged)
+                merged *= (magnitude[here] / torch.linalg.vector_norm(merged, dim=-1))[:, None]
+        if isinstance(target, Tensor):
+            target.copy_(merged)
+        else:
+            target.fill(start, merged)

@@ -23,6 +23,8 @@ from tokenmill.trainer.model.config import AdapterConfig, ModelConfig
 from tokenmill.trainer.model.rows import local_part
 from tokenmill.trainer.model.transformer import Transformer
 
+# Ways to begin of PEFT's (`init_lora_weights`) that leave the base alone: not PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA.
+_ON_THE_BASE_AS_IT_IS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
@@ -101,6 +103,12 @@ def load_peft(model: Transformer, folder: str | Path) -> None:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: not a folder that PEFT wrote ({error})") from None
+    start = raw.get("init_lora_weights", True)
+    if start not in _ON_THE_BASE_AS_IT_IS:
+        raise ValueError(
+            f"{path}: init_lora_weights is {start!r}: such adapters belong to a base that was changed when they were "
+            "made; save them with PEFT's path_initial_model_for_weight_conversion, as LoRA of the base as it was"
+        )
     scale = raw.get("lora_alpha", 8) / raw.get("r", 8) ** (0.5 if raw.get("use_rslora") else 1)
     facts: list[tuple[str, Any, Any]] = [
         ("peft_type", raw.get("peft_type"), "LORA"),

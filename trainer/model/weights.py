@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,7 @@ from tokenmill.trainer.model.transformer import Transformer
 
 SHARD_BYTES = 5 * 2**30
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+CHAT_FILES = ("chat_template.jinja", "generation_config.json")  # how it is talked to; no tokenizer by themselves
 
 
 class Rows(NamedTuple):
@@ -36,6 +37,16 @@ class Rows(NamedTuple):
     ours: str
     start: int
     shape: tuple[int, ...]
+
+
+class Filled(Protocol):
+    """What takes a weight in the place of a tensor, in the dtype of its file."""
+
+    shape: torch.Size
+
+    def fill(self, start: int, weight: Tensor) -> None:
+        """Take one of their tensors, which begins at the row `start` of ours."""
+        ...
 
 
 def layout_of(config: ModelConfig) -> dict[str, Rows]:
@@ -172,15 +183,16 @@ def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return raw
 
 
-def load_weights(model: Transformer, folder: str | Path) -> None:
-    """Copy a folder's safetensors into `model`, sharded or not, a tensor at a time, in the model's dtype or 4 bits.
+def load_weights(model: Transformer, folder: str | Path, targets: Mapping[str, Tensor | Filled] | None = None) -> None:
+    """Copy a folder's safetensors into `model`, sharded or not, a tensor at a time, in the model's dtype or 4 bits;
+    or into what else takes each of its weights, by its name.
 
     Raises ValueError naming the file or the tensor: a shard or a tensor is missing, is there twice or is not the
     model's, or a shape differs. The model's weights are then undefined.
     """
     folder = Path(folder)
     where = layout_of(model.config)
-    targets = base_weights(model)
+    targets = base_weights(model) if targets is None else targets
     missing = dict.fromkeys(where)
     for file, name, tensor in slices(folder):
         if name.endswith("rotary_emb.inv_freq"):
@@ -194,7 +206,7 @@ def load_weights(model: Transformer, folder: str | Path) -> None:
             raise ValueError(f"{file}: tensor {name!r} has shape {shape}, expected {where[name].shape}")
         target, start = targets[where[name].ours], where[name].start
         del missing[name]
-        if isinstance(target, NF4Weight):
+        if not isinstance(target, Tensor):
             target.fill(start, tensor[:])
             continue
         local, first = local_rows(target)
@@ -263,8 +275,8 @@ def save_hf(model: Transformer, folder: str | Path, *, tokenizer_from: str | Pat
 
 
 def copy_tokenizer(source: str | Path | None, folder: Path) -> None:
-    """Copy the tokenizer's files, those that are there, so that a model folder stays usable by itself."""
-    for name in TOKENIZER_FILES if source is not None else ():
+    """Copy the files of tokenizer and chat, those that are there, so that a model folder stays usable by itself."""
+    for name in (*TOKENIZER_FILES, *CHAT_FILES) if source is not None else ():
         if (file := Path(source or ".") / name).is_file():
             shutil.copyfile(file, folder / name)
 
