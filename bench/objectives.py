@@ -321,7 +321,9 @@ def _theirs(plan: Plan, way: Way, packed: bool, watch: Watch) -> tuple[Steps, in
             silent = 1 if way.objective == "pretrain" else max(1, len(p) - 1)
             rows.append({"input_ids": ids, "labels": [IGNORE] * silent + ids[silent:]})
 
-    class InOrder(kind):
+    base: Any = kind
+
+    class InOrder(base):
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset  # it holds ids already
 
