@@ -17,7 +17,7 @@ def all_to_all(parts: list[list[Tensor]]) -> list[Tensor]:
     return [torch.cat(received) for received in zip(*parts, strict=True)]
 
 
-@pytest.mark.parametrize("backend", ["reference", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["reference", "grouped_mm", "triton"])
 @pytest.mark.parametrize("tokens", [[13], [9, 4], [5, 0, 7, 1], [3, 0, 0, 0, 2, 2, 1, 30]], ids=str)
 @pytest.mark.parametrize("kind", ["spread", "all to one"])
 def test_ranks_together_are_the_whole_layer(tokens: list[int], kind: str, backend: str):

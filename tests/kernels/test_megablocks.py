@@ -24,7 +24,7 @@ MISSING = megablocks.supports(CPU, torch.float32)
 needs_package = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 # tokens, experts, top_k: one token, one expert, all experts chosen, experts that stay empty
-CASES = [(1, 1, 1), (1, 8, 2), (9, 1, 1), (8, 2, 1), (5, 4, 4), (11, 8, 2), (3, 8, 4)]
+CASES = [(1, 1, 1), (1, 8, 2), (9, 1, 1), (8, 2, 1), (5, 4, 4), (11, 8, 2), (3, 8, 4), (2, 60, 4)]
 DIM, HIDDEN_DIM = 12, 20
 
 
