@@ -139,6 +139,8 @@ def inspect(options: argparse.Namespace) -> None:
     from tokenmill.trainer.checkpoint import find_model
 
     folder = Path(options.folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected a token stream, a checkpoint or a run's output")
     if (folder / shards.MANIFEST).is_file() or (folder / "checkpoints").is_dir():
         print(lineage.inspect(find_model(folder)))
     else:

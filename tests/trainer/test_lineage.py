@@ -190,4 +190,6 @@ def test_a_lineage_that_is_none_is_an_error_that_names_it(make_recipe, tmp_path,
         assert "checkpoint.json: lineage: " in capsys.readouterr().err
     (checkpoint / "checkpoint.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "lineage"}))
     assert main(["inspect", str(checkpoint)]) == 0  # written before there were lineages
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere: no such folder; expected a token stream, a checkpoint or a run's output" in capsys.readouterr().err
     loop.Trainer(make_recipe("--train.steps=1"), World()).train()
