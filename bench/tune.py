@@ -25,8 +25,8 @@ from triton.runtime.jit import JITFunction
 
 from tokenmill.bench.cases import CASES, Case, Results
 from tokenmill.bench.checks import _error, poisoned
+from tokenmill.data.files import replace_file
 from tokenmill.kernels import launch
-from tokenmill.trainer.files import replace_file
 
 Arguments = dict[str, Any]
 

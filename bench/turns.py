@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.bench.environments import NotMeasured, Peer, Process
-from tokenmill.trainer.files import replace_file
+from tokenmill.data.files import replace_file
 
 Row = dict[str, Any]
 Arrays = Mapping[str, NDArray[Any]]

@@ -26,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.data.errors import DataError
-from tokenmill.data.shard import Documents, naming, token_dtype
-from tokenmill.data.stream import TokenStream, sync
+from tokenmill.data.files import naming, sync
+from tokenmill.data.shard import Documents, token_dtype
+from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer
 from tokenmill.data.writer import StreamWriter
 

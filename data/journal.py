@@ -8,7 +8,6 @@ same whatever the number of requests at once.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 
 from tokenmill.data.chat import Message
 from tokenmill.data.errors import DataError
+from tokenmill.data.files import lock
 
 AHEAD = 2  # times a generator's width: how far requests run ahead of an answer that is late
 
@@ -79,7 +79,8 @@ class Journal:
         self._flying: set[str] = set()
         self._file = self.path.open("a+b")
         try:
-            self._lock()
+            if not lock(self._file.fileno()):
+                raise DataError(f"{self.path}: is in use by another process")
             self._read()
         except BaseException:
             self._file.close()
@@ -131,12 +132,6 @@ class Journal:
                     line = line[os.write(self._file.fileno(), line) :]
             except OSError as error:  # the disk is full, say: what is cut short the next run leaves out
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the system however the process ends
-        except OSError:
-            raise DataError(f"{self.path}: is in use by another process") from None
 
     def _read(self) -> None:
         self._file.seek(0)

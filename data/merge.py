@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from tokenmill.data.errors import DataError
+from tokenmill.data.files import sync
 from tokenmill.data.report import joined, rendering
 from tokenmill.data.shard import KINDS, BlockFile, shard_file
-from tokenmill.data.stream import TokenStream, read_manifest, sync, write_manifest
+from tokenmill.data.stream import TokenStream, read_manifest, write_manifest
 from tokenmill.data.tokenizer import MODEL_FILE
 
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tokenmill.data.errors import DataError
+from tokenmill.data.files import naming
 
 BLOCK = 1 << 20  # bytes under one checksum
 KINDS = ("tokens", "offsets", "silent", "sources")
@@ -219,15 +219,6 @@ class ShardWriter:
         """Leave the files as they are."""
         for file in self._files.values():
             file.close()
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put the name of a file to what the system says went wrong with it."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 class BlockFile:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tokenmill.data.errors import DataError
-from tokenmill.data.shard import AGAIN, KINDS, Shard, naming, shard_file, token_dtype, verify_file
+from tokenmill.data.files import replace_file
+from tokenmill.data.shard import AGAIN, KINDS, Shard, shard_file, token_dtype, verify_file
 from tokenmill.data.tokenizer import MODEL_FILE, Tokenizer
 
 MAGIC = "tokenmill token stream"
@@ -117,7 +117,7 @@ def _mismatch(value: Any, form: Any) -> str | None:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Give a folder's stream this manifest, and its fingerprint, in one step."""
     manifest = {**manifest, "fingerprint": fingerprint_of(manifest)}
-    replace_synced(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    replace_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 class TokenStream:
@@ -234,26 +234,3 @@ class TokenStream:
             raise IndexError(f"document {i} of {len(self)} in {self.folder}")
         start = int(self.starts[i])
         return self.shards[self.shard_ids[i]], start, start + int(self.lengths[i])
-
-
-def replace_synced(path: Path, content: bytes) -> None:
-    """Write a file that appears, or replaces the one there, whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with naming(path), temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tokenmill.data.dedupe import Dedupe, SeenKeys, keys
 from tokenmill.data.errors import DataError
+from tokenmill.data.files import replace_file
 from tokenmill.data.journal import Answer, Journal, Request
-from tokenmill.data.stream import replace_synced
 
 
 class Report:
@@ -111,4 +111,4 @@ def write_rows(rows: Sequence[dict[str, str]], output: Path, dedupe: Dedupe, rep
         raise DataError(f"{output}: nothing to write: no answer was of use ({said or 'there was none'})")
     report.counts["rows written"] = len(kept)
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-    replace_synced(output, content.encode())
+    replace_file(output, content)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -35,6 +34,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from tokenmill._C import PieceCache
 from tokenmill.data.errors import DataError
+from tokenmill.data.files import replace_file
 
 MODEL_FILE = "tokenizer.model"
 SPACE = "\u2581"  # how sentencepiece writes a space
@@ -317,14 +317,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | Path) -
         raise DataError(
             f"{output}: no vocabulary of {vocab_size} pieces can be trained on these texts: {reason}"
         ) from None
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(model.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(output, model.getvalue())
     return Tokenizer.open(output)

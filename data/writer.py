@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tokenmill.data.errors import DataError
+from tokenmill.data.files import lock, replace_file, sync
 from tokenmill.data.merge import add_shards, check_tokenizer
 from tokenmill.data.shard import KINDS, Documents, ShardWriter, shard_file, silent_spans, token_dtype
 from tokenmill.data.stream import (
@@ -25,8 +25,6 @@ from tokenmill.data.stream import (
     TokenStream,
     fingerprint_of,
     read_manifest,
-    replace_synced,
-    sync,
     write_manifest,
 )
 from tokenmill.data.tokenizer import MODEL_FILE, Tokenizer
@@ -104,16 +102,14 @@ class StreamWriter:
         """A descriptor of `partial` with its lock, which the system lets go however the process ends."""
         while True:
             self.partial.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.partial, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(lock)
-                raise DataError(f"{self.folder}: is being written by another process") from None
+            descriptor = os.open(self.partial, os.O_RDONLY)
+            if not lock(descriptor):
+                os.close(descriptor)
+                raise DataError(f"{self.folder}: is being written by another process")
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), self.partial.stat()):
-                    return lock
-            os.close(lock)  # of a folder that another writer has removed as it ended
+                if os.path.samestat(os.fstat(descriptor), self.partial.stat()):
+                    return descriptor
+            os.close(descriptor)  # of a folder that another writer has removed as it ended
 
     def _begin(self) -> None:
         """Go on after the shards of an earlier writer for this job, or make room for the first."""
@@ -208,7 +204,7 @@ class StreamWriter:
             "sources": list(self._sources),
             "state": self._checkpoint(),
         }
-        replace_synced(self._progress, json.dumps({**progress, "fingerprint": fingerprint_of(progress)}).encode())
+        replace_file(self._progress, json.dumps({**progress, "fingerprint": fingerprint_of(progress)}).encode())
 
     def _load_progress(self) -> dict[str, Any]:
         """What `_save_progress` saved; nothing where it did not, or the file is damaged."""
@@ -252,7 +248,7 @@ class StreamWriter:
             manifest["chat"] = self.chat
         if self.report is not None:
             manifest["report"] = self.report
-        replace_synced(self._stream / MODEL_FILE, tokenizer.model)
+        replace_file(self._stream / MODEL_FILE, tokenizer.model)
         write_manifest(self._stream, manifest)
         TokenStream.open(self._stream)  # what cannot be opened does not take the place of what can, or join it
         if self._read_base() != self._base:  # by something that has no need of the lock

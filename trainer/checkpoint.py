@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tokenmill.data.files import replace_folder, sync
 from tokenmill.trainer import shards
 from tokenmill.trainer.adapters import Base, adapter_tensors, check_adapter, check_base, read_adapter
 from tokenmill.trainer.config import ConfigError, Recipe, build
 from tokenmill.trainer.distributed import World
-from tokenmill.trainer.files import replace_folder, sync
 from tokenmill.trainer.model import ModelConfig, Transformer, lora
 from tokenmill.trainer.model.quantise import NF4Weight
 from tokenmill.trainer.model.weights import (

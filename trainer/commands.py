@@ -187,11 +187,11 @@ def profile(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
+    from tokenmill.data.files import replace_file
     from tokenmill.trainer.checkpoint import find_model
     from tokenmill.trainer.evaluate import report
     from tokenmill.trainer.evaluate.strategies import Asker, check, evaluate, named, usual
     from tokenmill.trainer.evaluate.tasks import load_questions
-    from tokenmill.trainer.files import replace_file
     from tokenmill.trainer.inference import open_model, tokens_at_once
 
     find_model(options.model)

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from tokenmill.data.batch import Batch
+from tokenmill.data.files import locked, replace_file
 from tokenmill.data.loader import sequential_batches
 from tokenmill.data.prefetch import Prefetch
 from tokenmill.trainer.adapters import Base
@@ -36,7 +37,6 @@ from tokenmill.trainer.checkpoint import (
 from tokenmill.trainer.config import Recipe
 from tokenmill.trainer.distributed import World, deal, join, shard
 from tokenmill.trainer.evaluation import evaluate, make_evaluations
-from tokenmill.trainer.files import replace_file
 from tokenmill.trainer.lineage import lineage, now, parent, read_lineage
 from tokenmill.trainer.metrics import MetricsLog, Preference, StepRecord, exact_flops, peak_flops, peak_memory
 from tokenmill.trainer.model import ModelConfig, Transformer, lora
@@ -58,12 +58,17 @@ def train(recipe: Recipe, console: Literal["lines", "bar"] = "lines", *, last: b
     """Run a recipe on the processes that `torchrun` started, this one alone without it; from where an earlier run of
     it stopped, if its output folder holds a checkpoint. Returns the last checkpoint.
 
-    Raises ValueError where recipe, model and streams do not fit each other, and SystemExit with status 75 (sysexits.h:
-    try again) where SIGTERM or SIGUSR1 made it stop before the last step, so that no scheduler takes it for done; where
-    it is not the `last` of a pipeline's runs, also in its last step.
+    Raises ValueError where recipe, model and streams do not fit each other, or another run is writing into the output
+    folder; and SystemExit with status 75 (sysexits.h: try again) where SIGTERM or SIGUSR1 made it stop before the last
+    step, so that no scheduler takes it for done; where it is not the `last` of a pipeline's runs, also in its last
+    step.
     """
     sharded = recipe.train.precision == "bf16-mixed"
-    with _deterministic(recipe.train.deterministic), join(recipe.device, sharded=sharded) as world:
+    with (
+        _deterministic(recipe.train.deterministic),
+        join(recipe.device, sharded=sharded) as world,
+        _alone(Path(recipe.output), world),
+    ):
         trainer = Trainer(recipe, world, console)
         saved = trainer.train()
         unfinished = trainer.state.step < trainer.steps or (not last and world.any(trainer.requested))
@@ -86,6 +91,17 @@ def _deterministic(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         memory.fill_uninitialized_memory = before[1]
+
+
+@contextmanager
+def _alone(output: Path, world: World) -> Iterator[None]:
+    """Nothing else that trains writes into a run's output folder, or all ranks say that something does."""
+    with locked(output) if world.rank == 0 else nullcontext(True) as free:
+        if world.any(not free):
+            raise ValueError(
+                f"{output}: another run is writing into it; wait until it has ended, stop it, or choose another output"
+            )
+        yield
 
 
 class Trainer:

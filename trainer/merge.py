@@ -37,10 +37,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tokenmill.data.files import replace_folder
 from tokenmill.trainer import shards
 from tokenmill.trainer.adapters import Base, read_adapter
 from tokenmill.trainer.checkpoint import fill_model, read_config, resolve_model
-from tokenmill.trainer.files import replace_folder
 from tokenmill.trainer.lineage import lineage, parent
 from tokenmill.trainer.merge_methods import METHODS, SHARES
 from tokenmill.trainer.model import ModelConfig, Transformer

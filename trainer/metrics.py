@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 from tokenmill.data.batch import Batch
+from tokenmill.data.files import replace_file
 from tokenmill.trainer.balance import PATIENCE, STARVING, Watch
 from tokenmill.trainer.config import LogSection
-from tokenmill.trainer.files import replace_file
 from tokenmill.trainer.model import ModelConfig
 from tokenmill.trainer.model.config import attended_pairs
 

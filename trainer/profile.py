@@ -21,10 +21,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 
 from tokenmill.data.batch import Batch
+from tokenmill.data.files import replace_file
 from tokenmill.data.prefetch import Prefetch
 from tokenmill.trainer.config import Recipe
 from tokenmill.trainer.distributed import World, join
-from tokenmill.trainer.files import replace_file
 from tokenmill.trainer.loop import Trainer
 from tokenmill.trainer.model import Transformer, attention
 from tokenmill.trainer.model.attention import Attention

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tokenmill.data.files import sync
 from tokenmill.data.loader import sequential_batches
 from tokenmill.data.packing import count_overlong
 from tokenmill.data.stream import TokenStream
 from tokenmill.data.unfold import SEGMENTS, unfold
 from tokenmill.kernels.layout import GHOST
 from tokenmill.trainer.distributed import World, deal
-from tokenmill.trainer.files import sync
 from tokenmill.trainer.model import Transformer
 from tokenmill.trainer.model.rows import local_part
 from tokenmill.trainer.objectives.dpo import answer_logprobs

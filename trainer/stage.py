@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tokenmill.data.files import replace_file
 from tokenmill.data.stream import read_manifest as read_stream
 from tokenmill.trainer.adapters import Base
 from tokenmill.trainer.checkpoint import find_model
 from tokenmill.trainer.config import ConfigError, KernelsSection, LogSection, Recipe, build
-from tokenmill.trainer.files import replace_file
 from tokenmill.trainer.lineage import total_tokens
 from tokenmill.trainer.model import ModelConfig
 from tokenmill.trainer.shards import MANIFEST, read_manifest

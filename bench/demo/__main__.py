@@ -16,6 +16,7 @@ from pathlib import Path
 from tokenmill.bench.demo import corpus, report
 from tokenmill.bench.step import compare, summary
 from tokenmill.data.documents import read_texts
+from tokenmill.data.files import replace_file
 from tokenmill.data.loader import Loader, Source
 from tokenmill.data.prepare import prepare
 from tokenmill.data.stream import TokenStream
@@ -24,7 +25,6 @@ from tokenmill.trainer.checkpoint import load_model
 from tokenmill.trainer.config import Recipe, load_recipe
 from tokenmill.trainer.evaluate.score import multiple_choice
 from tokenmill.trainer.evaluate.tasks import load_questions
-from tokenmill.trainer.files import replace_file
 from tokenmill.trainer.loop import train
 
 STREAMS = ("general", "general_heldout", "clinical", "clinical_heldout", "tuning")

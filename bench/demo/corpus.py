@@ -27,7 +27,7 @@ from typing import Any
 
 import simple_icd_10_cm as icd
 
-from tokenmill.trainer.files import replace_folder
+from tokenmill.data.files import replace_folder
 
 DOCUMENTS_PER_CATEGORY = 8  # at most, each a different sample of the category's codes
 CODES_PER_DOCUMENT = 3  # at most

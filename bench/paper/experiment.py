@@ -17,6 +17,7 @@ from typing import Any
 from tokenmill.bench.paper import world
 from tokenmill.data import chat
 from tokenmill.data.documents import read_texts
+from tokenmill.data.files import locked, replace_file
 from tokenmill.data.loader import sequential_batches
 from tokenmill.data.prepare import prepare
 from tokenmill.data.stream import TokenStream
@@ -28,7 +29,6 @@ from tokenmill.trainer.distributed import World, pick_device
 from tokenmill.trainer.evaluate import report
 from tokenmill.trainer.evaluate.strategies import STRATEGIES, Asker, evaluate
 from tokenmill.trainer.evaluate.tasks import load_questions
-from tokenmill.trainer.files import replace_file
 from tokenmill.trainer.loop import mean_losses
 from tokenmill.trainer.model import Transformer
 from tokenmill.trainer.shards import read_manifest
@@ -64,11 +64,14 @@ class Arm:
 
 
 def run_seed(folder: Path, pipeline_file: Path, seed: int, size: int) -> None:
-    """Everything of a seed that is not there yet."""
-    stages_file = material(folder, pipeline_file, seed, size)
-    pipeline.run(stages_file)
-    for arm in arms(pipeline.plan(stages_file)):
-        answer(folder, arm, seed)
+    """Everything of a seed that is not there yet. Raises ValueError where another process works on it."""
+    with locked(folder) as free:
+        if not free:
+            raise ValueError(f"{folder}: another process is at work there; wait until it has ended, or stop it")
+        stages_file = material(folder, pipeline_file, seed, size)
+        pipeline.run(stages_file)
+        for arm in arms(pipeline.plan(stages_file)):
+            answer(folder, arm, seed)
 
 
 def check(pipeline_file: Path, seeds: Sequence[int], size: int) -> None:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from tokenmill.bench.paper.expectations import NEAR, Expectation, expectations
 from tokenmill.bench.paper.intervals import Draws
+from tokenmill.data.files import replace_file
 from tokenmill.trainer.evaluate.metrics import Estimate
 from tokenmill.trainer.evaluate.strategies import STRATEGIES
-from tokenmill.trainer.files import replace_file
 
 CHANCE = 0.25
 ZERO_SHOT = "zero-shot"

@@ -30,10 +30,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from tokenmill.data.files import replace_folder
 from tokenmill.trainer.evaluate.prompts import STEPS, Style, content, letters
 from tokenmill.trainer.evaluate.strategies import CONCLUDE
 from tokenmill.trainer.evaluate.tasks import Question
-from tokenmill.trainer.files import replace_folder
 
 SIZE = 128  # people, and diseases
 OPTIONS = 4

@@ -14,6 +14,7 @@ import pytest
 
 from tokenmill.bench.paper import __main__ as paper
 from tokenmill.bench.paper import experiment, report, world
+from tokenmill.data.files import locked
 from tokenmill.trainer import pipeline
 from tokenmill.trainer.evaluate.strategies import STRATEGIES
 
@@ -51,6 +52,11 @@ def files(output: Path) -> dict[str, tuple[int, bytes]]:
     """The time and content of every file of answers and weights."""
     found = [*output.rglob("*.jsonl"), *output.rglob("*.safetensors")]
     return {str(file.relative_to(output)): (file.stat().st_mtime_ns, file.read_bytes()) for file in found}
+
+
+def test_a_seed_is_worked_on_by_one_process(output, stages_file):
+    with locked(paper.folder(output, SEED)), pytest.raises(ValueError, match="seed-3: another process is at work"):
+        experiment.run_seed(paper.folder(output, SEED), stages_file, SEED, SIZE)
 
 
 def test_every_arm_is_asked_by_every_strategy(output):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tokenmill.data import files
 from tokenmill.data import merge as merging
-from tokenmill.data import writer as writing
 from tokenmill.data.errors import DataError
 from tokenmill.data.merge import merge
 from tokenmill.data.stream import TokenStream, write_manifest
@@ -89,14 +89,14 @@ def test_appends_one_after_the_other_keep_both(make_stream, small):
 
 def test_the_lock_is_that_of_the_folder_there(tmp_path, small, monkeypatch):
     """Between its opening and its locking, another writer ends and removes it."""
-    flock = writing.fcntl.flock
+    flock = files.fcntl.flock
 
     def late(*arguments: Any) -> None:
         monkeypatch.undo()
         (tmp_path / ".s.partial").rmdir()
         flock(*arguments)
 
-    monkeypatch.setattr(writing.fcntl, "flock", late)
+    monkeypatch.setattr(files.fcntl, "flock", late)
     with StreamWriter(tmp_path / "s", small) as writer:
         writer.add([1, 7, 2], source="a")
         with (

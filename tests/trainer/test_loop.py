@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils import deterministic
 
+from tokenmill.data.files import locked
 from tokenmill.data.stream import TokenStream
 from tokenmill.trainer import loop, shards
 from tokenmill.trainer.checkpoint import latest_checkpoint, load_model
@@ -269,6 +270,25 @@ def test_streams_must_fit_the_model(make_recipe, streams, tmp_path):
     )
     with pytest.raises(ValueError, match="foreign: was prepared with another tokenizer"):
         Trainer(replace(tuned, data=replace(tuned.data, validation=())))
+
+
+def test_two_runs_do_not_write_into_one_folder(make_recipe):
+    """Nothing of the first is touched; once it has ended, however that was, the next goes on."""
+    recipe = make_recipe()
+    output = Path(recipe.output)
+    with locked(output):
+        with pytest.raises(ValueError, match="run: another run is writing into it"):
+            loop.train(recipe)
+        assert [path.name for path in output.iterdir()] == [".lock"]
+    assert loop.train(recipe) == latest_checkpoint(output)
+
+
+def test_a_recipe_that_is_wrong_leaves_no_folder(make_recipe, tmp_path):
+    recipe = make_recipe(f"--output={tmp_path / 'none'}")
+    small = replace(recipe, model=replace(recipe.model, new=replace(recipe.model.new, vocab_size=300)))
+    with pytest.raises(ValueError, match="vocabulary"):
+        loop.train(small)
+    assert not (tmp_path / "none").exists()
 
 
 def test_other_data_under_a_checkpoint_is_refused(make_recipe):

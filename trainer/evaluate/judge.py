@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from tokenmill.data.documents import find_inputs, pieces, rows
 from tokenmill.data.errors import DataError
+from tokenmill.data.files import replace_file
 from tokenmill.data.journal import Answer, Generator, Journal, Request
-from tokenmill.data.stream import replace_synced
 from tokenmill.data.synthesis import Report, check_output, check_prompt, fill, journal_path, request, spoken
 from tokenmill.trainer.evaluate.metrics import Estimate, estimate, mean
 
@@ -122,7 +122,7 @@ def judge(
         report.used(journal)
     scores = [one.score for one in judged if one.score is not None]
     _count(judged, report)
-    replace_synced(output, "".join(json.dumps(_row(one), ensure_ascii=False) + "\n" for one in judged).encode())
+    replace_file(output, "".join(json.dumps(_row(one), ensure_ascii=False) + "\n" for one in judged))
     return Judgement(str(a), estimate(mean("win rate", scores), seed=seed) if scores else None, report)
 
 

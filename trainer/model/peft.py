@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tokenmill.trainer.files import replace_folder
+from tokenmill.data.files import replace_folder
 from tokenmill.trainer.model import lora
 from tokenmill.trainer.model.config import AdapterConfig, ModelConfig
 from tokenmill.trainer.model.rows import local_part

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokenmill.trainer.files import replace_folder
+from tokenmill.data.files import replace_folder
 from tokenmill.trainer.model.config import ModelConfig, MoEConfig
 from tokenmill.trainer.model.quantise import NF4Weight
 from tokenmill.trainer.model.rows import local_rows
