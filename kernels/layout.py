@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # the target of a row that predicts nothing, PyTorch's own convention
@@ -73,6 +74,40 @@ class Layout:
         positions = torch.arange(int(cu_seqlens[-1]), dtype=torch.int32) - starts
         longest = int(sizes.max()) if sizes.numel() else 0
         layout = Layout(positions, cu_seqlens, bucket(longest), ids, sizes.to(torch.int32))
+        return layout if torch.device(device).type == "cpu" else layout.to(device)
+
+    @staticmethod
+    def branching(
+        prefixes: Sequence[int], branches: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+    ) -> Layout:
+        """Texts that begin alike: for each prefix a segment of so many tokens, perhaps none, and after it a segment for
+        each of its branches, of so many more, which sees the prefix's keys before its own. A prefix and its branches
+        have one id, a branch is as long as both.
+        """
+        sizes, before, documents = [], [], []  # of each segment: its tokens, those of its prefix, and the prefix
+        for i, (prefix, ends) in enumerate(zip(prefixes, branches, strict=True)):
+            sizes += [prefix, *ends]
+            before += [0, *[prefix] * len(ends)]
+            documents += [i] * (1 + len(ends))
+        own, shared, ids = (torch.tensor(values, dtype=torch.int64) for values in (sizes, before, documents))
+        starts = F.pad(own.cumsum(0), (1, 0))
+        key_starts = F.pad((shared + own).cumsum(0), (1, 0))
+        first = torch.tensor([0, *[1 + len(ends) for ends in branches]]).cumsum(0)[:-1]  # the prefixes' segments
+
+        segment = torch.arange(len(own))
+        of_key = segment.repeat_interleave(shared + own)
+        place = torch.arange(len(of_key)) - key_starts[of_key]  # within the segment's keys
+        beyond = place - shared[of_key]
+        gather = torch.where(beyond < 0, starts[first[ids[of_key]]] + place, starts[of_key] + beyond)
+        positions = shared.repeat_interleave(own) + torch.arange(int(starts[-1])) - starts[:-1].repeat_interleave(own)
+        layout = Layout(
+            positions.int(),
+            starts.int(),
+            bucket(max(sizes, default=0)),
+            ids,
+            (shared + own).int(),
+            KeyLayout(gather, key_starts.int(), bucket(int((shared + own).max()) if sizes else 0)),
+        )
         return layout if torch.device(device).type == "cpu" else layout.to(device)
 
     @property

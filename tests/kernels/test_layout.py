@@ -51,3 +51,21 @@ def test_impossible_lengths_are_refused():
         Layout.from_lengths([3, 0])
     with pytest.raises(ValueError, match="2 documents but 1 document_ids"):
         Layout.from_lengths([3, 4], [1])
+
+
+def test_branching():
+    """As the same texts one by one: positions and keys; a prefix of no tokens and one without branches among them."""
+    layout = Layout.branching([2, 0, 1], [[2, 1], [3], []])
+    assert layout.keys is not None
+    assert layout.positions.tolist() == [0, 1, 2, 3, 2, 0, 1, 2, 0]
+    assert layout.cu_seqlens.tolist() == [0, 2, 4, 5, 5, 8, 9]
+    assert layout.document_ids.tolist() == [0, 0, 0, 1, 1, 2]
+    assert layout.document_lengths.tolist() == [2, 4, 3, 0, 3, 1]
+    assert [rows.tolist() for rows in layout.keys.gather.split(layout.keys.cu_seqlens.diff().tolist())] == [
+        [0, 1], [0, 1, 2, 3], [0, 1, 4], [], [5, 6, 7], [8],
+    ]  # fmt: skip
+    assert (layout.max_seqlen, layout.keys.max_seqlen) == (16, 16)
+    assert layout.positions.dtype == layout.cu_seqlens.dtype == layout.keys.cu_seqlens.dtype == torch.int32
+    empty = Layout.branching([], [])
+    assert empty.cu_seqlens.tolist() == [0]
+    assert empty.positions.numel() == 0

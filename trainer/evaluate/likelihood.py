@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tokenmill.data.batch import Batch
-from tokenmill.kernels.layout import IGNORE, KeyLayout, Layout, bucket
+from tokenmill.kernels.layout import IGNORE, Layout
 from tokenmill.trainer.distributed import World
 from tokenmill.trainer.model import Transformer
 
@@ -123,44 +122,23 @@ def batches(sizes: Sequence[int], tokens: int) -> Iterator[list[int]]:
 def shared_prefixes(prefixes: Sequence[Ids], continuations: Sequence[Sequence[Ids]]) -> Batch:
     """The batch, on the CPU: of each prefix (L tokens) a segment of its first L - 1, perhaps empty, and then a segment
     for each continuation, whose rows have its tokens as targets."""
-    parts: dict[str, list[NDArray[np.int64]]] = {k: [] for k in ("tokens", "targets", "positions", "gather")}
-    lengths, key_lengths, documents, document_lengths = [], [], [], []
-    begin = 0
-    for document, (prefix, options) in enumerate(zip(prefixes, continuations, strict=True)):
-        shared = np.arange(begin, begin + len(prefix) - 1)
-        nothing = np.full(len(shared), IGNORE)
-        segments = [(np.asarray(prefix[:-1], np.int64), nothing, shared[:0])]
-        segments += [(np.array([prefix[-1], *option[:-1]]), np.asarray(option), shared) for option in options]
-        for tokens, targets, before in segments:
-            own = np.arange(begin, begin + len(tokens))
-            parts["tokens"].append(tokens)
-            parts["targets"].append(targets)
-            parts["positions"].append(np.arange(len(tokens)) + len(before))
-            parts["gather"] += [before, own]
-            lengths.append(len(tokens))
-            key_lengths.append(len(before) + len(tokens))
-            documents.append(document)
-            document_lengths.append(len(before) + len(tokens) + 1)
-            begin += len(tokens)
-    tokens, targets, positions, gather = (np.concatenate(part).astype(np.int64) for part in parts.values())
-    weights = (targets != IGNORE).astype(np.float32)
-    layout = Layout(
-        _int32(positions),
-        _int32(np.cumsum([0, *lengths])),
-        bucket(max(lengths)),
-        torch.tensor(documents),
-        _int32(np.array(document_lengths)),
-        KeyLayout(torch.from_numpy(gather), _int32(np.cumsum([0, *key_lengths])), bucket(max(key_lengths))),
-    )
+    tokens: list[int] = []
+    targets: list[int] = []
+    for prefix, options in zip(prefixes, continuations, strict=True):
+        tokens += prefix[:-1]
+        targets += [IGNORE] * (len(prefix) - 1)
+        for option in options:
+            tokens += [prefix[-1], *option[:-1]]
+            targets += option
+    wanted = torch.tensor(targets)
+    weights = (wanted != IGNORE).float()
+    branches = [list(map(len, options)) for options in continuations]
+    layout = Layout.branching([len(prefix) - 1 for prefix in prefixes], branches)
     return Batch(
-        _int32(tokens),
-        torch.from_numpy(targets),
-        torch.from_numpy(weights),
-        _int32(np.flatnonzero(weights)),
-        torch.zeros(len(lengths), dtype=torch.int32),
+        torch.tensor(tokens, dtype=torch.int32),
+        wanted,
+        weights,
+        weights.nonzero()[:, 0].int(),
+        torch.zeros(len(layout.document_ids), dtype=torch.int32),
         layout,
     )
-
-
-def _int32(values: NDArray[np.int64]) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int32))

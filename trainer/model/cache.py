@@ -3,15 +3,16 @@
 A cache is a pool of rows, the same in every layer. Each sequence has a ring of them: the key of position p goes to slot
 p % width, over the one that has just left the window. So memory is bounded by the window, however long a sequence gets.
 
-Samples of one prompt begin with the same rows, its keys, which are computed once; each has rows of its own for what it
-adds. Those of the first sample are the prompt's as far as they reach: the samples of a prompt advance together, so when
-a row is written over, it is in no window any more.
+What several sequences begin with has rows of its own, computed once and seen by all of them: the tokens that prompts
+share, and the prompt that several samples go on from. Of these, the first goes on in the prompt's rows as far as they
+reach: the samples of a prompt advance together, so when a row is written over, it is in no window any more.
 
 Keys come here after rotary embedding. A new token's query sees all keys in its ring, so their order does not matter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +23,22 @@ from torch import Tensor
 from tokenmill.kernels.layout import KeyLayout, Layout, bucket
 
 
+class Group(NamedTuple):
+    """Prompts `first` to `end`, which begin with the same `shared` tokens: fewer than any of them has, 0 where it is
+    one prompt alone."""
+
+    first: int
+    end: int
+    shared: int
+
+
 class Cache:
     """Before each forward pass, `begin` or `advance` says where its tokens' keys go, and gives the layout for it."""
 
     def __init__(
         self,
         lengths: NDArray[np.int64],
+        groups: Sequence[Group],
         window: int | None,
         *,
         samples: int,
@@ -35,13 +46,13 @@ class Cache:
         rows: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        """For prompts of `lengths` (P,), of which each gets `samples` sequences that may add `growth` tokens to it. Of
-        at most `rows` rows a layer, unless one prompt needs more.
+        """For prompts of `lengths` (P,) in groups, of which each prompt gets `samples` sequences that may add `growth`
+        tokens to it. Of at most `rows` rows a layer, unless one group needs more.
         """
         longest = int(lengths.max()) + growth
         self.width = min(longest, window or longest)
-        self.lengths, self.samples, self.growth = lengths, samples, growth
-        self.needs = np.minimum(lengths + growth, self.width) + (samples - 1) * min(growth, self.width)  # (P,) rows
+        self.lengths, self.groups, self.samples, self.growth = lengths, groups, samples, growth
+        self.needs = np.array([self._needs(*group) for group in groups])  # (G,) rows
         rows = min(int(self.needs.sum()), max(rows, int(self.needs.max())))
         self.references = np.zeros(rows, np.int64)  # how many sequences hold each row; 0: it is free
         self.held: list[NDArray[np.int64]] = []  # the rows that each sequence holds
@@ -57,36 +68,62 @@ class Cache:
         """How many rows are free."""
         return int((self.references == 0).sum())
 
+    def _needs(self, first: int, end: int, shared: int) -> int:
+        """How many rows a group takes: those of what is shared, and each prompt's."""
+        own = np.minimum(self.lengths[first:end] - shared + self.growth, self.width)
+        others = (self.samples - 1) * min(self.growth, self.width) * len(own)
+        return max(0, shared - self._oldest(self.lengths[first:end].min())) + int(own.sum()) + others
+
+    def _oldest(self, length: int) -> int:
+        """The first position that the token after so many sees."""
+        return max(0, int(length) - self.width + 1)
+
     def begin(self, first: int, end: int) -> Layout:
-        """Prompts `first` to `end`, for which there must be room: the layout of them, each once. Their sequences come
-        last, `samples` a prompt.
+        """Groups `first` to `end`, for which there must be room: the layout of their tokens, of each group those that
+        are shared, if any are, and then each prompt's own. Their sequences come last, `samples` a prompt.
         """
-        device, lengths = self.rings.device, self.lengths[first:end]
-        free = np.split(np.flatnonzero(self.references == 0), np.cumsum(self.needs[first:end]))
-        rings = np.zeros((end - first, self.samples, self.width), np.int64)
+        device, width, groups = self.rings.device, self.width, self.groups[first:end]
+        free = np.flatnonzero(self.references == 0)
+        taken = np.cumsum([0, *self.needs[first:end]])
+        begun = slice(groups[0].first, groups[-1].end)
+        lengths = self.lengths[begun]
+        rings = np.zeros((len(lengths), self.samples, width), np.int64)
+        table = np.zeros((len(lengths), width), np.int64)
         kept, places, start = [], [], 0
-        for length, ring, rows in zip(lengths.tolist(), rings, free, strict=False):
-            oldest = max(0, length - self.width + 1)  # of the prompt's positions that the next token sees
-            seen = np.arange(oldest, length) % self.width
-            added = np.arange(length, length + min(self.growth, self.width)) % self.width
-            of_first = min(length + self.growth, self.width)
-            ring[0, :of_first] = rows[:of_first]
-            ring[1:, added] = rows[of_first:].reshape(self.samples - 1, len(added))
-            prompt = ring[0, seen]
-            self.held.append(rows[:of_first])
-            self.held += [np.concatenate([prompt, own]) for own in ring[1:, added]]
-            kept.append(np.arange(start + oldest, start + length))
-            places.append(prompt)
-            start += length
+        for group, at in zip(groups, taken, strict=False):
+            oldest = self._oldest(self.lengths[group.first : group.end].min())
+            common = np.arange(oldest, group.shared)  # positions of what is shared that a next token sees
+            common_rows, rows = np.split(free[at:], [len(common)])
+            kept.append(start + common)
+            places.append(common_rows)
+            start += group.shared
+            for i in range(group.first - begun.start, group.end - begun.start):
+                length, ring = int(lengths[i]), rings[i]
+                own = np.arange(max(group.shared, self._oldest(length)), length)  # positions
+                going = np.arange(group.shared, group.shared + min(length - group.shared + self.growth, width)) % width
+                added = np.arange(length, length + min(self.growth, width)) % width
+                mine, others, rows = np.split(rows, np.cumsum([len(going), (self.samples - 1) * len(added)]))
+                ring[0, going] = mine
+                ring[1:, added] = others.reshape(self.samples - 1, len(added))
+                prompt = ring[0, own % width]
+                table[i, common % width] = common_rows
+                table[i, own % width] = prompt
+                self.held.append(np.concatenate([common_rows, mine]))
+                self.held += [np.concatenate([common_rows, prompt, rest]) for rest in ring[1:, added]]
+                kept.append(start + own - group.shared)
+                places.append(prompt)
+                start += length - group.shared
         for rows in self.held[len(self.positions) :]:
             self.references[rows] += 1
         self.positions = np.concatenate([self.positions, np.repeat(lengths, self.samples)])
-        new = torch.from_numpy(rings).to(device)
-        self.rings = torch.cat([self.rings, new.flatten(0, 1)])
-        self.table = torch.cat([self.table, new[:, 0].repeat_interleave(self.samples, 0)])
+        self.rings = torch.cat([self.rings, torch.from_numpy(rings).to(device).flatten(0, 1)])
+        self.table = torch.cat([self.table, torch.from_numpy(table).to(device).repeat_interleave(self.samples, 0)])
         self.kept = torch.from_numpy(np.concatenate(kept)).to(device)
         self.places = torch.from_numpy(np.concatenate(places)).to(device)
-        return Layout.from_lengths(lengths.tolist(), device=device)
+        if not any(group.shared for group in groups):
+            return Layout.from_lengths(lengths.tolist(), device=device)
+        branches = [(self.lengths[group.first : group.end] - group.shared).tolist() for group in groups]
+        return Layout.branching([group.shared for group in groups], branches, device=device)
 
     def advance(self) -> Layout:
         """The layout of one new token for every sequence, whose query sees the keys in its ring, its own among them."""

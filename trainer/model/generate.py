@@ -1,7 +1,8 @@
 """Generation: prompts to the tokens that follow them, the most likely ones or drawn at random, from cached keys.
 
 All sequences advance together, a token a pass, on the flat axis: nothing is padded, a sequence that has ended leaves,
-and prompts that wait take its place as soon as the cache has room for them.
+and prompts that wait take its place as soon as the cache has room for them. What neighbouring prompts begin with, such
+as the worked examples before a question, is computed once for all of them.
 
 The random number that draws a token is a pure function of (seed, prompt, sample, position), by Philox4x32-10 (Salmon et
 al. 2011), so that it does not depend on which sequences were computed together:
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenmill.kernels.philox import halves, philox
-from tokenmill.trainer.model.cache import Cache
+from tokenmill.trainer.model.cache import Cache, Group
 from tokenmill.trainer.model.transformer import Transformer
 
 ROWS = 512  # whose logits are in memory at once
@@ -77,7 +78,7 @@ def generate(
     """The tokens that follow each prompt, `samples` times: [prompt][sample] -> ids, up to but without a stop id.
 
     At most `tokens_per_batch` tokens of prompts are computed at once, and at most as many keys a layer are cached; a
-    prompt that needs more, with all its samples, is computed when it fits in alone. `numbers` are what the prompts are
+    prompt that needs more, with all its samples, is computed when nothing else is. `numbers` are what the prompts are
     called in random numbers, None: 0, 1, ... Waits for the device once a token.
 
     Raises ValueError where a prompt is empty, holds an id that is not in the vocabulary or, with the new tokens,
@@ -153,23 +154,34 @@ def _steps(
     lengths = np.array([len(prompt) for prompt in prompts])
     growth = max_new_tokens - 1  # the last token is never read
     window = model.config.sliding_window
-    cache = Cache(lengths, window, samples=samples, growth=growth, rows=tokens_per_batch, device=device)
+    groups = _groups(prompts, samples * growth, tokens_per_batch)
+    cache = Cache(lengths, groups, window, samples=samples, growth=growth, rows=tokens_per_batch, device=device)
+    parts = [  # of each group: what is shared, and what follows it in each prompt
+        [prompts[first][:shared], *(prompt[shared:] for prompt in prompts[first:end])] for first, end, shared in groups
+    ]
+    sizes = np.array([sum(map(len, part)) for part in parts])
 
-    waiting = 0  # the first prompt that has not begun
+    waiting = 0  # the first group that has not begun
     sequences = np.zeros(0, np.int64)  # (N,) those that have, and not ended
     tokens = np.zeros(0, np.int64)  # (N,) the last of each
-    while waiting < len(prompts) or len(sequences):
+    while waiting < len(groups) or len(sequences):
         begun = len(sequences)
-        if count := _how_many(lengths[waiting:], cache.needs[waiting:], tokens_per_batch, cache.free):
-            of_pass = np.concatenate(prompts[waiting : waiting + count])
+        ends = None
+        if count := _how_many(sizes[waiting:], cache.needs[waiting:], tokens_per_batch, cache.free):
+            starting = parts[waiting : waiting + count]
+            of_pass = np.concatenate([tokens for part in starting for tokens in part])
             layout = cache.begin(waiting, waiting + count)
-            sequences = np.concatenate([sequences, np.arange(waiting * samples, (waiting + count) * samples)])
+            first, end = groups[waiting].first, groups[waiting + count - 1].end
+            sequences = np.concatenate([sequences, np.arange(first * samples, end * samples)])
             waiting += count
+            lasts = np.cumsum([len(tokens) for part in starting for tokens in part]) - 1
+            is_prompt = np.concatenate([np.arange(len(part)) > 0 for part in starting])
+            ends = torch.from_numpy(lasts[is_prompt])
         else:
             of_pass, layout, begun = tokens, cache.advance(), 0
         hidden = model(torch.from_numpy(of_pass).int().to(device), layout, cache=cache).hidden
-        if count:  # of a prompt, only the last row is needed, by each of its samples
-            hidden = hidden[layout.cu_seqlens[1:] - 1].repeat_interleave(samples, 0)
+        if ends is not None:  # of a prompt, only the last row is needed, by each of its samples
+            hidden = hidden[ends.to(device)].repeat_interleave(samples, 0)
 
         here, positions = sequences[begun:], cache.positions[begun:]
         chosen = []
@@ -189,8 +201,34 @@ def _steps(
         sequences, tokens = sequences[going], np.concatenate([tokens[:begun], new])[going]
 
 
+def _groups(prompts: list[NDArray[np.int64]], added: int, tokens: int) -> list[Group]:
+    """All prompts, in order. One joins the group before it if that saves computing half of it or more, and leaves room
+    for another such group: within half of `tokens`, with the keys that its samples add, `added` a prompt.
+    """
+    groups = [Group(0, 1, len(prompts[0]) - 1)]
+    total = len(prompts[0]) + added  # of the last group
+    for i, prompt in enumerate(prompts[1:], 1):
+        first, _, before = groups[-1]
+        shared = _shared(prompts[first][:before], prompt[:-1])
+        members = i - first
+        grown = total + (members - 1) * (before - shared) + len(prompt) - shared + added
+        if 2 * (members * shared - (members - 1) * before) >= len(prompt) and 2 * grown <= tokens:
+            groups[-1], total = Group(first, i + 1, shared), grown
+        else:
+            groups.append(Group(i, i + 1, len(prompt) - 1))
+            total = len(prompt) + added
+    return [group if group.end - group.first > 1 else group._replace(shared=0) for group in groups]
+
+
+def _shared(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+    """How many tokens both begin with."""
+    both = min(len(a), len(b))
+    differ = np.flatnonzero(a[:both] != b[:both])
+    return int(differ[0]) if len(differ) else both
+
+
 def _how_many(lengths: NDArray[np.int64], needs: NDArray[np.int64], tokens: int, rows: int) -> int:
-    """How many of the prompts that wait begin now: the first ones, within so many tokens and rows; or the first alone
+    """How many of the groups that wait begin now: the first ones, within so many tokens and rows; or the first alone
     where it has more tokens.
     """
     lengths, needs = lengths[:tokens], needs[:tokens]  # each has a token at least

@@ -11,7 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, Mixtr
 from tokenmill import _C
 from tokenmill.kernels.layout import Layout
 from tokenmill.trainer.model import ModelConfig, MoEConfig, Transformer, generate, lora
-from tokenmill.trainer.model.cache import Cache
+from tokenmill.trainer.model.cache import Cache, Group
 from tokenmill.trainer.model.config import AdapterConfig
 from tokenmill.trainer.model.generate import Sampling, choose, stream, uniform
 from tokenmill.trainer.model.weights import load_hf, load_weights, save_hf
@@ -40,6 +40,13 @@ def texts(lengths=LENGTHS, seed=0):
     return [draw.integers(0, 89, n).tolist() for n in lengths]
 
 
+def alike(seed=0):
+    """Prompts of which neighbours begin alike: with what is longer than a window, or shorter, and ends at once."""
+    head, other = texts([30, 4], seed + 1)
+    tails = texts([1, 12, 2, 25, 1, 3, 3, 9], seed + 2)
+    return [[*head, *tail] for tail in tails[:4]] + [[*other, *tail] for tail in tails[4:7]] + [head[:20], tails[7]]
+
+
 @torch.no_grad()
 def logits_of(model, document):
     """(T, V) of the full forward pass."""
@@ -62,11 +69,13 @@ def naive(model, prompt, number, sample, new, stop, sampling):
 BACKENDS = [("sdpa", "reference"), ("reference", "grouped_mm")]
 
 
+@pytest.mark.parametrize(("prompts", "budget"), [(texts(), 90), (alike(), 999)], ids=["unlike", "alike"])
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize(("attention", "moe"), BACKENDS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_token_as_in_the_full_forward_pass(name, attention, moe, samples, monkeypatch):
-    model, prompts = build(CONFIGS[name], attention=attention, moe=moe), texts()
+def test_every_token_as_in_the_full_forward_pass(name, attention, moe, samples, prompts, budget, monkeypatch):
+    """Some wait for others; of some, what they begin with is computed once."""
+    model = build(CONFIGS[name], attention=attention, moe=moe)
     seen = []
 
     def spy(logits, *rest):
@@ -76,7 +85,7 @@ def test_every_token_as_in_the_full_forward_pass(name, attention, moe, samples, 
     monkeypatch.setattr(generate, "choose", spy)
     monkeypatch.setattr(generate, "ROWS", 5)
     options: dict[str, Any] = dict(max_new_tokens=19, samples=samples, sampling=Sampling(1.0, 0.9, seed=5))
-    answers = generate.generate(model, prompts, **options, tokens_per_batch=90)  # some wait for others
+    answers = generate.generate(model, prompts, **options, tokens_per_batch=budget)
     full = [[logits_of(model, p + answer) for answer in of] for p, of in zip(prompts, answers, strict=True)]
     rows = 0
     for logits, *where in seen:
@@ -93,10 +102,12 @@ def test_random_batches_are_as_a_loop_over_full_passes(name):
     draw = np.random.default_rng(0)
     for round in range(6):
         prompts = texts(draw.integers(1, 30, draw.integers(1, 8)), round)
+        if round % 2:
+            prompts = [prompts[0][: draw.integers(0, 30)] + prompt for prompt in prompts]
         samples, new, stop = int(draw.integers(1, 4)), int(draw.integers(1, 14)), set(draw.integers(0, 89, 9).tolist())
         sampling = Sampling([0.0, 0.7, 2.0][round % 3], [1.0, 0.6][round % 2], seed=round)
         options: dict[str, Any] = dict(max_new_tokens=new, stop=stop, sampling=sampling)
-        budget = int(draw.integers(1, 150))
+        budget = int(draw.integers(1, 150 + 1000 * (round % 2)))
         answers = generate.generate(model, prompts, **options, samples=samples, tokens_per_batch=budget)
         for i, prompt in enumerate(prompts):
             assert answers[i] == [naive(model, prompt, i, s, new, stop, sampling) for s in range(samples)]
@@ -176,6 +187,35 @@ def test_prompts_are_computed_once_and_the_ended_leave():
     assert counts[-1] < 12
 
 
+def test_what_prompts_begin_with_is_computed_once():
+    model = build(CONFIGS["dense"])
+    counts = passes(model)
+    prompts = alike()
+    answers = generate.generate(model, prompts, max_new_tokens=3)
+    # 30 once and the tails; 4 once, of which 3 are enough for the first, and the tails; two that are like no other.
+    assert counts == [(30 + 1 + 12 + 2 + 25) + (4 + 1 + 3 + 3) + 20 + 9, 9, 9]
+    assert answers == [generate.generate(model, [prompt], max_new_tokens=3)[0] for prompt in prompts]
+    counts.clear()
+    assert generate.generate(model, prompts, max_new_tokens=3, tokens_per_batch=100) == answers
+    # No group takes more than half of 100 rows, with the 2 that are added to each: the first two, and the third alone.
+    assert counts[0] == (30 + 1 + 12) + 32
+
+
+def test_prompts_are_grouped_where_that_saves_half_of_one():
+    def groups(prompts, added=0, tokens=999):
+        return [tuple(group) for group in generate._groups([np.array(prompt) for prompt in prompts], added, tokens)]
+
+    a, b, c = [1] * 10, [1] * 5 + [2] * 5, [1] * 4 + [3] * 6
+    assert groups([a]) == [(0, 1, 0)]
+    assert groups([a, b]) == [(0, 2, 5)]
+    assert groups([a, c]) == [(0, 1, 0), (1, 2, 0)]  # 4 of 10 saved
+    assert groups([a, a, a]) == [(0, 3, 9)]  # each has a token of its own
+    assert groups([a, a, a, b]) == [(0, 3, 9), (3, 4, 0)]  # 9 * 2 saved, and 5 * 3 would be
+    assert groups([a, [1] * 30]) == [(0, 1, 0), (1, 2, 0)]
+    assert groups([a, a, c, c], tokens=22) == [(0, 2, 9), (2, 4, 9)]
+    assert groups([a, a], tokens=21) == groups([a, a], added=1, tokens=25) == [(0, 1, 0), (1, 2, 0)]
+
+
 def test_what_fits_is_computed_together_and_the_rest_waits():
     model = build(CONFIGS["no window"])
     counts = passes(model)
@@ -214,10 +254,16 @@ def test_memory_is_bounded_by_the_window():
     # The prompt's 7, in which the first sample goes on, and 4 for each other; 3 + 4, and 4 for each other.
     assert caches[0].pools[0][0].shape[0] == (7 + 2 * 4) + (7 + 2 * 4)
     assert caches[0].free == 30
+    caches.clear()
+    generate.generate(model, alike()[:2], max_new_tokens=4)
+    # Of the 30 that both begin with, the 5 of the first's window; and rings of 1 + 3, and of 7.
+    assert caches[0].pools[0][0].shape[0] == 5 + (1 + 3) + 7
+    assert caches[0].free == 16
 
 
 def test_the_cache_never_waits_for_its_device():
-    cache = Cache(np.array([9, 2]), 4, samples=2, growth=5, rows=99, device="meta")  # which has no values to wait for
+    groups = [Group(0, 1, 0), Group(1, 3, 2)]
+    cache = Cache(np.array([9, 3, 5]), groups, 4, samples=2, growth=5, rows=99, device="meta")  # without values
     for step in range(3):
         layout = cache.advance() if step else cache.begin(0, 2)
         k = torch.empty(len(layout.positions), 2, 8, device="meta")
