@@ -4,6 +4,8 @@
 # make prove  everything that is too long for that
 PYTHON ?= python3
 BIN := .venv/bin
+# A process a core, each with the tests of one file after another; a test computes on one thread.
+PYTEST := -m pytest -n $(shell nproc) --dist loadfile
 SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo paper test lint prove clean
@@ -15,7 +17,7 @@ paper: .venv/paper
 	$(BIN)/python -m tokenmill.bench.paper --output runs/paper
 
 test: .venv/test .venv/megablocks
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -25,8 +27,8 @@ lint: .venv/test
 # The whole suite with the pinned torch; the quick one, which compiles every kernel too, and the rehearsal of a GPU visit
 # with the oldest that is supported, whose build brings 5 GB of CUDA along.
 prove: .venv/test .venv/megablocks .venv-oldest/test .venv-oldest/megablocks
-	$(BIN)/python -m pytest
-	.venv-oldest/bin/python -m pytest -m "not slow"
+	$(BIN)/python $(PYTEST)
+	.venv-oldest/bin/python $(PYTEST) -m "not slow"
 	.venv-oldest/bin/tokenmill bench gpu --rehearse --output build/rehearsal
 
 # An environment: the marker file is the extra that was installed, and when.

@@ -232,7 +232,8 @@ def _is_text(path: Path) -> bool:
 
 def content(row: Mapping[str, Any], text_key: str | None = None) -> str | Pair | Sequence[Message]:
     """What a row holds: a text, a preference pair, or the messages of a conversation. Of several, the text where
-    `text_key` names it; else the text, under the key "text", comes last. Raises DataError where it holds none."""
+    `text_key` names it; else the text, under the key "text", comes last, which may be empty. Raises DataError where it
+    holds none."""
     row = {key: value for key, value in row.items() if value is not None}  # as in a table, null stands for no such key
     if text_key in row:
         return _text(row, text_key)
@@ -257,8 +258,6 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     text = row[key]
     if not isinstance(text, str):
         raise DataError(f"{key!r} is a {type(text).__name__}, expected a string")
-    if not text.strip():
-        raise DataError(f"{key!r} is empty")
     return text
 
 
@@ -281,7 +280,7 @@ def utf8_size(text: str) -> int:
 
 
 def read_texts(inputs: Sequence[str | Path], text_key: str | None = None) -> Iterator[str]:
-    """Every text in the inputs, conversations a message each: what a tokenizer is trained on.
+    """Every text in the inputs but empty ones, conversations a message each: what a tokenizer is trained on.
 
     Raises DataError naming file, line and key where one cannot be used.
     """
@@ -293,4 +292,4 @@ def read_texts(inputs: Sequence[str | Path], text_key: str | None = None) -> Ite
                     utf8_size("".join(found))
                 except DataError as error:
                     raise DataError(f"{where}: {error}") from None
-                yield from found
+                yield from filter(str.strip, found)

@@ -32,13 +32,14 @@ MIXED = "preference pairs and other documents do not go into one stream: prepare
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of some pieces, in order, without those that hold text of an evaluation."""
+    """The documents of some pieces, in order, without empty ones and those that hold text of an evaluation."""
 
     documents: Documents
     sizes: NDArray[np.int64]  # (N,) bytes of text
     keys: NDArray[np.uint64] | None  # (N, K) of data/dedupe.py
     places: list[str]  # N, for a message
     contaminated: list[tuple[str, str, str]]  # source, place and what is shared, of each left out
+    empty: list[tuple[str, str]]  # source and place of each text without a word, which is left out too
     pairs: bool | None  # whether they are preference pairs; None where there are none
     chat: dict[str, str] | None  # how conversations and pairs were rendered; None where there are none
 
@@ -61,7 +62,7 @@ class Encoder:
         chats: dict[int, tuple[list[int], list[int]]] = {}  # by document: ids and mask
         sources: dict[str, int] = {}
         whole: list[str] = []  # all the text of each document
-        source_ids, sizes, places, contaminated = [], [], [], []
+        source_ids, sizes, places, contaminated, empty = [], [], [], [], []
         pairs: bool | None = None
         for piece in pieces:
             for where, row in rows(piece, self.text_key):
@@ -70,6 +71,9 @@ class Encoder:
                     text = found if isinstance(found, str) else "\n".join(texts(found))
                     size = utf8_size(text)
                     source = piece.input.source if self.source_key is None else _source(row, self.source_key)
+                    if not text.strip():  # a conversation never is
+                        empty.append((source, where))
+                        continue
                     if self.evaluations and (shared := self.evaluations.find(text)):
                         contaminated.append((source, where, f"shares {shared!r}"))
                         continue
@@ -101,6 +105,7 @@ class Encoder:
             dedupe.keys(whole, self.dedupe) if self.dedupe else None,
             places,
             contaminated,
+            empty,
             pairs,
             chat,
         )

@@ -31,7 +31,7 @@ from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer
 from tokenmill.data.writer import StreamWriter
 
-VERSION = 4  # of how documents are made and compared: work of another version is begun anew
+VERSION = 5  # of how documents are made and compared: work of another version is begun anew
 # That a row may have beside its text.
 COLUMNS = ("messages", "conversations", "instruction", "input", "output", "system", "history")
 COLUMNS += ("prompt", "question", "chosen", "rejected")
@@ -134,6 +134,9 @@ def prepare(
             for source, *example in encoded.contaminated:
                 report.contaminated[source] += 1
                 report.contaminated_examples += [example][: EXAMPLES - len(report.contaminated_examples)]
+            for source, *example in encoded.empty:
+                report.empty[source] += 1
+                report.empty_examples += [example][: EXAMPLES - len(report.empty_examples)]
             new = np.ones(len(encoded.sizes), np.bool_)
             if encoded.keys is not None:
                 new = seen.first(encoded.keys)

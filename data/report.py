@@ -24,8 +24,18 @@ class Report:
     bytes: Counter[str] = field(default_factory=Counter)  # of text, in UTF-8, of the documents that were kept
     duplicates: Counter[str] = field(default_factory=Counter)  # documents removed
     contaminated: Counter[str] = field(default_factory=Counter)  # documents removed
+    empty: Counter[str] = field(default_factory=Counter)  # documents removed
     duplicate_examples: list[list[str]] = field(default_factory=list)
     contaminated_examples: list[list[str]] = field(default_factory=list)
+    empty_examples: list[list[str]] = field(default_factory=list)
+
+    def removed(self) -> list[tuple[str, Counter[str], list[list[str]]]]:
+        """What was left out: what that is called, how many documents, and examples."""
+        return [
+            ("duplicates", self.duplicates, self.duplicate_examples),
+            ("contaminated", self.contaminated, self.contaminated_examples),
+            ("empty", self.empty, self.empty_examples),
+        ]
 
     @staticmethod
     def load(values: Mapping[str, Any]) -> Report:
@@ -47,10 +57,9 @@ def joined(reports: Iterable[Mapping[str, Any] | None]) -> dict[str, Any] | None
             return None
         report = Report.load(values)
         total.bytes += report.bytes
-        total.duplicates += report.duplicates
-        total.contaminated += report.contaminated
-        total.duplicate_examples = (total.duplicate_examples + report.duplicate_examples)[:EXAMPLES]
-        total.contaminated_examples = (total.contaminated_examples + report.contaminated_examples)[:EXAMPLES]
+        for (_, removed, examples), (_, more, others) in zip(total.removed(), report.removed(), strict=True):
+            removed.update(more)
+            examples += others[: EXAMPLES - len(examples)]
     return total.asdict()
 
 
@@ -82,20 +91,17 @@ def inspect(folder: str | Path) -> str:
     ]
     counts = np.bincount(stream.source_ids, minlength=len(stream.sources))
     tokens = np.bincount(stream.source_ids, stream.lengths, len(stream.sources))
-    for name in dict.fromkeys([*stream.sources, *report.duplicates, *report.contaminated]):
+    for name in dict.fromkeys([*stream.sources, *(name for _, removed, _ in report.removed() for name in removed)]):
         i = stream.sources.index(name) if name in stream.sources else None
         n, t = (0, 0) if i is None else (int(counts[i]), int(tokens[i]))
         line = f"  {name}: {n:,} documents, {t:,} tokens"
         if name in report.bytes and t:
             line += f", {report.bytes[name] / t:.2f} bytes a token"
-        for what, removed in (("duplicates", report.duplicates), ("contaminated", report.contaminated)):
+        for what, removed, _ in report.removed():
             line += f", {removed[name]:,} {what} removed" if removed[name] else ""
         lines.append(line)
     lines += _lengths(stream)
-    for what, removed, examples in (
-        ("duplicates", report.duplicates, report.duplicate_examples),
-        ("contaminated", report.contaminated, report.contaminated_examples),
-    ):
+    for what, removed, examples in report.removed():
         if removed:
             lines.append(f"{what + ' removed':<21} {removed.total():,}, such as")
             lines += [f"  {': '.join(example)}" for example in examples]

@@ -54,6 +54,8 @@ MORE = {
     "report": {
         **{key: {str: COUNT} for key in ("bytes", "duplicates", "contaminated")},
         **{key: [[str]] for key in ("duplicate_examples", "contaminated_examples")},
+        "empty": ({str: COUNT},),
+        "empty_examples": ([[str]],),
     },
 }
 
@@ -91,7 +93,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _mismatch(value: Any, form: Any) -> str | None:
     """Where a value read from JSON is not of a form, and how; None where it is. A form is a type, a range of integers,
     a list with the form of every item, or a dictionary with the forms of some keys, or with that of every one for
-    `str`."""
+    `str`; a form in a tuple is that of what may be missing."""
     kind = int if isinstance(form, range) else form if isinstance(form, type) else type(form)
     if type(value) is not kind:
         return f" is of a wrong type, {type(value).__name__}: expected {kind.__name__}"
@@ -103,9 +105,10 @@ def _mismatch(value: Any, form: Any) -> str | None:
                 return f"[{key!r}]{problem}"
     elif isinstance(form, dict):
         for key, inner in form.items():
-            if key not in value:
+            if key not in value and not isinstance(inner, tuple):
                 return f".{key} is missing"
-            if problem := _mismatch(value[key], inner):
+            inner = inner[0] if isinstance(inner, tuple) else inner
+            if key in value and (problem := _mismatch(value[key], inner)):
                 return f".{key}{problem}"
     if isinstance(form, list):
         for i, item in enumerate(value):

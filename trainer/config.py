@@ -231,6 +231,9 @@ class Recipe:
             expect(decay == 0, "optimizer.weight_decay", "0 with rmsprop, which has no decoupled decay", decay)
         expect(self.dpo.beta > 0, "dpo.beta", "a positive number", self.dpo.beta)
         expect(self.dpo.gamma >= 0, "dpo.gamma", "0 or more", self.dpo.gamma)
+        if self.dpo.loss != "simpo":
+            changed = _changed(self.dpo).get("gamma")
+            expect(changed is None, "dpo.gamma", "no such key unless dpo.loss is simpo", changed)
         smoothing = self.dpo.label_smoothing
         expect(0 <= smoothing < 0.5, "dpo.label_smoothing", "0 to below 0.5", smoothing)
         if self.dpo.loss != "sigmoid":

@@ -48,7 +48,7 @@ from tokenmill.trainer.preference import build_dpo, check_pairs, left_out, mean_
 from tokenmill.trainer.schedule import learning_rate
 from tokenmill.trainer.shards import MANIFEST
 from tokenmill.trainer.state import TrainState
-from tokenmill.trainer.streams import check_streams, make_loader, open_streams, planned_steps
+from tokenmill.trainer.streams import check_streams, go_on, make_loader, open_streams, planned_steps
 from tokenmill.trainer.vocabulary import check_rows
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # a scheduler's way to say: write a checkpoint and leave
@@ -147,8 +147,8 @@ class Trainer:
             shape = self.model.config.n_layers, self.model.config.moe.n_experts
             self.state.balance_bias = torch.zeros(shape, device=world.device)
         self.loader = make_loader(recipe, self.sources, world)
-        if self.state.data is not None:
-            self.loader.load_state_dict(self.state.data)
+        if self.state.data is not None and self.checkpoint is not None:
+            go_on(self.loader, self.state.data, self.checkpoint, recipe)
         steps = map(unfold_step, self.loader) if recipe.objective == "dpo" else self.loader
         self.prefetch = Prefetch(steps, world.device)
         self.steps = planned_steps(recipe, self.loader)

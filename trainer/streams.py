@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from tokenmill.data.errors import DataError
 from tokenmill.data.loader import Loader, Source
 from tokenmill.data.stream import TokenStream
 from tokenmill.data.tokenizer import Tokenizer
 from tokenmill.trainer.config import Recipe
 from tokenmill.trainer.distributed import World
 from tokenmill.trainer.model import ModelConfig
+from tokenmill.trainer.shards import read_manifest
 
 
 def open_streams(recipe: Recipe) -> tuple[list[Source], dict[str, TokenStream]]:
@@ -32,6 +37,29 @@ def make_loader(recipe: Recipe, sources: list[Source], world: World) -> Loader:
         overlong=recipe.overlong,
         pinned=world.device.type == "cuda",
     )
+
+
+def go_on(loader: Loader, state: dict[str, Any], checkpoint: Path, recipe: Recipe) -> None:
+    """Let the loader go on where a checkpoint was written. Raises ValueError naming what the data is unlike in, where
+    the order of samples would be another.
+    """
+    try:
+        loader.load_state_dict(state)
+    except DataError as error:
+        manifest = read_manifest(checkpoint)
+        then, now = (manifest.get("recipe") or {}).get("data") or {}, json.loads(json.dumps(asdict(recipe.data)))
+        unlike = [
+            f"data.{key} was {then[key]!r} and is {now[key]!r}"
+            for key in ("sources", "sequence_length", "overlong")
+            if key in then and then[key] != now[key]
+        ]
+        before = (manifest.get("lineage") or {}).get("data") or []
+        unlike += [
+            f"{source.stream.folder} was {stream['fingerprint'][:12]} and is {source.stream.fingerprint[:12]}"
+            for source, stream in zip(loader.sources, before, strict=False)
+            if stream["fingerprint"] != source.stream.fingerprint
+        ]
+        raise ValueError(f"{checkpoint}: {error}" + "".join(f"; {each}" for each in unlike)) from None
 
 
 def check_streams(

@@ -53,7 +53,7 @@ def zstd_frames(content: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     ("name", "packed"),
-    [("a.jsonl", LINES), ("a.jsonl.gz", gzip.compress(LINES)), ("a.jsonl.zst", zstd_frames(LINES))],
+    [("a.jsonl", LINES), ("a.jsonl.gz", gzip.compress(LINES, mtime=0)), ("a.jsonl.zst", zstd_frames(LINES))],
 )
 def test_pieces_are_whole_lines(tmp_path, monkeypatch, name, packed):
     monkeypatch.setattr(documents, "PIECE", 1000)
@@ -128,8 +128,8 @@ def test_a_system_prompt_beside_messages():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl.gz", gzip.compress(LINES)[:-9], "not whole as gzip"),
-        ("a.jsonl.gz", gzip.compress(b""), "is empty"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "not whole as gzip"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("a.jsonl.zst", zstd_frames(LINES)[:-9], "not whole as zstd"),
         ("a.jsonl.zst", LINES, "not whole as zstd"),
         ("a.txt.zst", zstandard.ZstdCompressor().compress(b"x" * 999)[:-2], "not whole as zstd"),

@@ -186,6 +186,10 @@ def set_shard(**values):
         (lambda m: m.update(report={"bytes": {"a": -1}}), r"report\.bytes\['a'\] is out of range"),
         (lambda m: m.update(report={"bytes": {}, "duplicates": {}}), r"report\.contaminated is missing"),
         (
+            lambda m: m.update(report=Report().asdict() | {"empty": {"a": "3"}}),
+            r"report\.empty\['a'\] is of a wrong type, str",
+        ),
+        (
             lambda m: m.update(report=Report().asdict() | {"duplicate_examples": [["a", 1]]}),
             r"report\.duplicate_examples\[0\]\[1\] is of a wrong type, int: expected str",
         ),
@@ -206,6 +210,7 @@ def test_forged_manifests(make_stream, change, message):
 def test_a_report_of_another_version(make_stream):
     stream = make_stream([40, 30])
     report = {**Report(duplicates=Counter(a=3), duplicate_examples=[["notes.txt:1", "a note"]]).asdict(), "later": 1}
+    del report["empty"], report["empty_examples"]  # of an earlier one
     forge(stream, lambda m: m.update(report=report))
     assert "duplicates removed    3, such as\n  notes.txt:1: a note\n" in inspect(stream.folder)
 
