@@ -1,11 +1,11 @@
 # make demo   the main job, on real clinical text (a CPU is enough)
-# make paper  what continued pre-training adds to tuning: every arm and strategy, four seeds (two cores, 25 minutes)
+# make paper  what continued pre-training adds to tuning: every arm and strategy, four seeds (two cores, 20 minutes)
 # make test   everything that is quick
 # make prove  everything that is too long for that
 PYTHON ?= python3
 BIN := .venv/bin
 # A process a core, each with the tests of one file after another; a test computes on one thread.
-PYTEST := -m pytest -n $(shell nproc) --dist loadfile
+PYTEST := -m pytest -n $(shell env -u OMP_NUM_THREADS nproc) --dist loadfile
 SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo paper test lint prove clean

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LOCK = ".lock"
@@ -42,8 +42,8 @@ def replace_folder(folder: Path, temporary: Path | None = None) -> Iterator[Path
 
 
 def replace_file(file: Path, content: str | bytes) -> None:
-    """Write `content`, text as UTF-8, to a temporary name beside `file`, synced, and rename it over `file`. Folders
-    that are not there are made. Raises OSError naming the file where there is no room."""
+    """Write `content`, text as UTF-8, to a temporary name beside `file`, synced, and rename it over `file`: for one
+    process at a time. Folders that are not there are made. Raises OSError naming the file where there is no room."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")  # what a killed process left there, the next takes
     try:
@@ -79,7 +79,7 @@ def lock(descriptor: int) -> bool:
     go when the descriptor is closed, however the process ends. Of a file system without locks, all processes may."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         return False
     except OSError:
         pass
@@ -96,6 +96,7 @@ def locked(folder: Path) -> Iterator[bool]:
         try:
             yield free
         finally:
-            if free and [path.name for path in folder.iterdir()] == [LOCK]:
-                (folder / LOCK).unlink()
-                folder.rmdir()
+            with suppress(OSError):  # of a link, a mount or a network's folder, which stays
+                if free and [path.name for path in folder.iterdir()] == [LOCK]:
+                    (folder / LOCK).unlink()
+                    folder.rmdir()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from tokenmill.data.batch import Batch
+from tokenmill.data.files import locked
 from tokenmill.trainer.model import Transformer
 
 # How long a rank waits for the others: they may be writing or checking a large checkpoint. One that fails does not
@@ -103,6 +105,17 @@ def join(device: str, *, sharded: bool = False) -> Iterator[World]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+@contextmanager
+def alone(output: Path, world: World) -> Iterator[None]:
+    """Nothing else that trains writes into a run's output folder, or all ranks say that something does."""
+    with locked(output) if world.rank == 0 else nullcontext(True) as free:
+        if world.any(not free):
+            raise ValueError(
+                f"{output}: another run is writing into it; wait until it has ended, stop it, or choose another output"
+            )
+        yield
 
 
 def deal(batches: Iterable[Batch], world: World) -> Iterator[Batch]:

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import deterministic
 
 from tokenmill.data.batch import Batch
-from tokenmill.data.files import locked, replace_file
+from tokenmill.data.files import replace_file
 from tokenmill.data.loader import sequential_batches
 from tokenmill.data.prefetch import Prefetch
 from tokenmill.trainer.adapters import Base
@@ -35,7 +35,7 @@ from tokenmill.trainer.checkpoint import (
     save_step,
 )
 from tokenmill.trainer.config import Recipe
-from tokenmill.trainer.distributed import World, deal, join, shard
+from tokenmill.trainer.distributed import World, alone, deal, join, shard
 from tokenmill.trainer.evaluation import evaluate, make_evaluations
 from tokenmill.trainer.lineage import lineage, now, parent, read_lineage
 from tokenmill.trainer.metrics import MetricsLog, Preference, StepRecord, exact_flops, peak_flops, peak_memory
@@ -67,7 +67,7 @@ def train(recipe: Recipe, console: Literal["lines", "bar"] = "lines", *, last: b
     with (
         _deterministic(recipe.train.deterministic),
         join(recipe.device, sharded=sharded) as world,
-        _alone(Path(recipe.output), world),
+        alone(Path(recipe.output), world),
     ):
         trainer = Trainer(recipe, world, console)
         saved = trainer.train()
@@ -91,17 +91,6 @@ def _deterministic(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         memory.fill_uninitialized_memory = before[1]
-
-
-@contextmanager
-def _alone(output: Path, world: World) -> Iterator[None]:
-    """Nothing else that trains writes into a run's output folder, or all ranks say that something does."""
-    with locked(output) if world.rank == 0 else nullcontext(True) as free:
-        if world.any(not free):
-            raise ValueError(
-                f"{output}: another run is writing into it; wait until it has ended, stop it, or choose another output"
-            )
-        yield
 
 
 class Trainer:
@@ -170,17 +159,16 @@ class Trainer:
         every = self.recipe.train
         handlers = {s: signal.signal(s, self._stop) for s in STOPPING}
         try:
+            if self.state.step and not self.world.first(self.log.validated):  # stopped between the two
+                self.measure()
             while self.state.step < self.steps and not self.stopping:
                 self.log.step(self.step())
                 done = self.state.step == self.steps
-                scores = evaluate(self.evaluations, self.state.step, done, self.log.say)
-                if done or (every.validate_every and self.state.step % every.validate_every == 0):
-                    self.validate(scores)
-                elif scores:
-                    self.log.validation(self.state.step, self.state.tokens, scores)
                 due = every.checkpoint_every and self.state.step % every.checkpoint_every == 0
                 if done or self.stopping or due or self.state.step in every.checkpoint_at:
                     self.save()
+                if not self.stopping:  # a scheduler waits no longer than it must
+                    self.measure()
             if self.stopping:
                 self.log.say(f"stopped at step {self.state.step} of {self.steps} on request, checkpoint written")
             assert self.checkpoint is not None
@@ -264,6 +252,16 @@ class Trainer:
             router_entropy=entropy,
             preference=Preference(*preference) if self.recipe.objective == "dpo" else None,
         )
+
+    def measure(self) -> None:
+        """Validate and evaluate what is due at this step; at the last one, everything."""
+        step, every = self.state.step, self.recipe.train.validate_every
+        done = step == self.steps
+        scores = evaluate(self.evaluations, step, done, self.log.say)
+        if done or (every and step % every == 0):
+            self.validate(scores)
+        elif scores:
+            self.log.validation(step, self.state.tokens, scores)
 
     def validate(self, scores: dict[str, float] | None = None) -> dict[str, float]:
         """Mean loss a target on each validation stream, by its name and, where it has several, its sources'; on one of

@@ -109,6 +109,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int, steps: int, console: Console, section: LogSection) -> None:
         self._file = self._bar = None
+        self.validated = False  # whether there are validation losses of the step that the run goes on from
         self._steps = steps
         self._watch = Watch()
         self._silent = console == "none"
@@ -124,6 +125,7 @@ class MetricsLog:
         if path.exists():
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
             replace_file(path, "".join(kept) if step else "")
+            self.validated = any("validation" in json.loads(line) for line in kept if _step_of(line) == step)
         self._file = path.open("a")
         if console == "bar":
             self._bar = tqdm(

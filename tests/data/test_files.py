@@ -63,10 +63,12 @@ with locked(Path({str(folder)!r})) as free:
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "True\n"
-        with locked(folder) as free:
-            assert not free
-        process.send_signal(signal.SIGKILL)
+        try:
+            assert process.stdout.readline() == "True\n"
+            with locked(folder) as free:
+                assert not free
+        finally:
+            process.send_signal(signal.SIGKILL)
     with locked(folder) as free:
         assert free
         (folder / "weights").touch()
@@ -77,6 +79,18 @@ def test_a_locked_folder_into_which_nothing_came_goes(tmp_path):
     with locked(tmp_path / "run") as free, locked(tmp_path / "run") as other:
         assert (free, other) == (True, False)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_went_wrong_is_said_where_the_folder_cannot_go(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+
+    def fail() -> None:
+        with locked(tmp_path / "link"):
+            raise KeyError("the recipe is wrong")
+
+    with pytest.raises(KeyError, match="the recipe is wrong"):
+        fail()
 
 
 def test_without_locks_in_the_file_system_work_goes_on(tmp_path, monkeypatch):

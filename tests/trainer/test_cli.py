@@ -106,10 +106,10 @@ WRONG = {
         "prepare {t}/e.jsonl --tokenizer {t}/t.model --output {t}/x",
         "e.jsonl: is empty",
     ),
-    "empty document": (
-        lambda t: (t / "e.jsonl").write_text('{"text": "a"}\n{"text": ""}'),
+    "empty answer": (
+        lambda t: (t / "e.jsonl").write_text('{"text": "a"}\n{"instruction": "a", "output": ""}'),
         "prepare {t}/e.jsonl --tokenizer {t}/t.model --output {t}/x",
-        "e.jsonl:2: 'text' is empty",
+        "e.jsonl:2: 'output' is empty",
     ),
     "missing shard": (
         lambda t: hugging_face(t, "model-00001-of-*.safetensors"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokenmill.data.files import locked
 from tokenmill.trainer import distributed
 from tokenmill.trainer.checkpoint import load_model
 
@@ -118,6 +119,15 @@ def then_a_signal(self, record):
 metrics.MetricsLog.step = then_a_signal
 loop.train(load_recipe(sys.argv[1], sys.argv[2:]))
 """
+
+
+def test_all_ranks_are_refused_where_another_run_writes(recipe, tmp_path):
+    with locked(tmp_path / "taken"):
+        process = start(recipe, 2, f"--output={tmp_path / 'taken'}")
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert output.count("taken: another run is writing into it") == 2
+    assert not (tmp_path / "taken").exists()
 
 
 def test_a_signal_to_one_rank_between_two_steps_stops_all_together(recipe, tmp_path):

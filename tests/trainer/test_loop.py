@@ -272,6 +272,31 @@ def test_streams_must_fit_the_model(make_recipe, streams, tmp_path):
         Trainer(replace(tuned, data=replace(tuned.data, validation=())))
 
 
+@pytest.mark.parametrize("step", [4, 12])
+def test_what_a_stop_left_unmeasured_is_measured_by_the_resume(make_recipe, streams, tmp_path, monkeypatch, step):
+    """Stopped after the checkpoint, before its validation; the last one too."""
+    options = ("--train.checkpoint_every=2", "--train.validate_every=4", f'--data.validation=["{streams / "notes"}"]')
+    whole = make_recipe(f"--output={tmp_path / 'whole'}", *options)
+    loop.train(whole)
+    recipe = make_recipe(*options)
+    measure = loop.Trainer.measure
+
+    def stop(self):
+        if self.state.step == step:
+            raise KeyboardInterrupt
+        measure(self)
+
+    monkeypatch.setattr(loop.Trainer, "measure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(recipe)
+    monkeypatch.setattr(loop.Trainer, "measure", measure)
+    assert not any("validation" in line for line in lines(recipe) if line["step"] == step)
+    loop.train(recipe)
+    measured = [(line["step"], line["validation"]) for line in lines(recipe) if "validation" in line]
+    assert measured == [(line["step"], line["validation"]) for line in lines(whole) if "validation" in line]
+    assert [at for at, _ in measured] == [4, 8, 12]
+
+
 def test_two_runs_do_not_write_into_one_folder(make_recipe):
     """Nothing of the first is touched; once it has ended, however that was, the next goes on."""
     recipe = make_recipe()

@@ -29,6 +29,7 @@ from tokenmill.trainer.model.cache import Cache, Group
 from tokenmill.trainer.model.transformer import Transformer
 
 ROWS = 512  # whose logits are in memory at once
+SEEN = 8  # times `tokens_per_batch`: how many keys of a layer the sequences that share some may see together
 _SAMP = 0x53414D50  # "SAMP": keeps this use of a seed apart from any other
 
 
@@ -78,7 +79,8 @@ def generate(
     """The tokens that follow each prompt, `samples` times: [prompt][sample] -> ids, up to but without a stop id.
 
     At most `tokens_per_batch` tokens of prompts are computed at once, and at most as many keys a layer are cached; a
-    prompt that needs more, with all its samples, is computed when nothing else is. `numbers` are what the prompts are
+    prompt that needs more, with all its samples, begins when nothing else does. Neighbouring prompts that begin alike
+    share that beginning, in groups of at most half as much. `numbers` are what the prompts are
     called in random numbers, None: 0, 1, ... Waits for the device once a token.
 
     Raises ValueError where a prompt is empty, holds an id that is not in the vocabulary or, with the new tokens,
@@ -154,7 +156,7 @@ def _steps(
     lengths = np.array([len(prompt) for prompt in prompts])
     growth = max_new_tokens - 1  # the last token is never read
     window = model.config.sliding_window
-    groups = _groups(prompts, samples * growth, tokens_per_batch)
+    groups = _groups(prompts, samples, growth, tokens_per_batch)
     cache = Cache(lengths, groups, window, samples=samples, growth=growth, rows=tokens_per_batch, device=device)
     parts = [  # of each group: what is shared, and what follows it in each prompt
         [prompts[first][:shared], *(prompt[shared:] for prompt in prompts[first:end])] for first, end, shared in groups
@@ -169,12 +171,13 @@ def _steps(
         ends = None
         if count := _how_many(sizes[waiting:], cache.needs[waiting:], tokens_per_batch, cache.free):
             starting = parts[waiting : waiting + count]
-            of_pass = np.concatenate([tokens for part in starting for tokens in part])
+            pieces = [piece for part in starting for piece in part]
+            of_pass = np.concatenate(pieces)
             layout = cache.begin(waiting, waiting + count)
             first, end = groups[waiting].first, groups[waiting + count - 1].end
             sequences = np.concatenate([sequences, np.arange(first * samples, end * samples)])
             waiting += count
-            lasts = np.cumsum([len(tokens) for part in starting for tokens in part]) - 1
+            lasts = np.cumsum([len(piece) for piece in pieces]) - 1
             is_prompt = np.concatenate([np.arange(len(part)) > 0 for part in starting])
             ends = torch.from_numpy(lasts[is_prompt])
         else:
@@ -201,23 +204,31 @@ def _steps(
         sequences, tokens = sequences[going], np.concatenate([tokens[:begun], new])[going]
 
 
-def _groups(prompts: list[NDArray[np.int64]], added: int, tokens: int) -> list[Group]:
+def _groups(prompts: list[NDArray[np.int64]], samples: int, growth: int, tokens: int) -> list[Group]:
     """All prompts, in order. One joins the group before it if that saves computing half of it or more, and leaves room
-    for another such group: within half of `tokens`, with the keys that its samples add, `added` a prompt.
+    for another such group: within half of `tokens` rows of the cache, and `SEEN` times as many keys, each counted as
+    often as it is seen, for attention gathers what every sequence sees.
     """
     groups = [Group(0, 1, len(prompts[0]) - 1)]
-    total = len(prompts[0]) + added  # of the last group
+    rows, seen = _alone(prompts[0], samples, growth)  # of the last group
     for i, prompt in enumerate(prompts[1:], 1):
         first, _, before = groups[-1]
         shared = _shared(prompts[first][:before], prompt[:-1])
         members = i - first
-        grown = total + (members - 1) * (before - shared) + len(prompt) - shared + added
-        if 2 * (members * shared - (members - 1) * before) >= len(prompt) and 2 * grown <= tokens:
-            groups[-1], total = Group(first, i + 1, shared), grown
+        own, own_seen = _alone(prompt, samples, growth)
+        grown = rows + (members - 1) * (before - shared) + own - shared
+        fits = 2 * grown <= tokens and 2 * (seen + own_seen) <= SEEN * tokens
+        if 2 * (members * shared - (members - 1) * before) >= len(prompt) and fits:
+            groups[-1], rows, seen = Group(first, i + 1, shared), grown, seen + own_seen
         else:
             groups.append(Group(i, i + 1, len(prompt) - 1))
-            total = len(prompt) + added
+            rows, seen = own, own_seen
     return [group if group.end - group.first > 1 else group._replace(shared=0) for group in groups]
+
+
+def _alone(prompt: NDArray[np.int64], samples: int, growth: int) -> tuple[int, int]:
+    """Of a prompt by itself: its rows, and the keys that its samples see in the end."""
+    return len(prompt) + samples * growth, samples * (len(prompt) + growth)
 
 
 def _shared(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:

@@ -201,9 +201,10 @@ def test_what_prompts_begin_with_is_computed_once():
     assert counts[0] == (30 + 1 + 12) + 32
 
 
-def test_prompts_are_grouped_where_that_saves_half_of_one():
-    def groups(prompts, added=0, tokens=999):
-        return [tuple(group) for group in generate._groups([np.array(prompt) for prompt in prompts], added, tokens)]
+def test_prompts_are_grouped_where_that_saves_half_of_one(monkeypatch):
+    def groups(prompts, samples=1, growth=0, tokens=999):
+        arrays = [np.array(prompt) for prompt in prompts]
+        return [tuple(group) for group in generate._groups(arrays, samples, growth, tokens)]
 
     a, b, c = [1] * 10, [1] * 5 + [2] * 5, [1] * 4 + [3] * 6
     assert groups([a]) == [(0, 1, 0)]
@@ -213,7 +214,13 @@ def test_prompts_are_grouped_where_that_saves_half_of_one():
     assert groups([a, a, a, b]) == [(0, 3, 9), (3, 4, 0)]  # 9 * 2 saved, and 5 * 3 would be
     assert groups([a, [1] * 30]) == [(0, 1, 0), (1, 2, 0)]
     assert groups([a, a, c, c], tokens=22) == [(0, 2, 9), (2, 4, 9)]
-    assert groups([a, a], tokens=21) == groups([a, a], added=1, tokens=25) == [(0, 1, 0), (1, 2, 0)]
+    assert groups([a, a], tokens=21) == groups([a, a], growth=1, tokens=25) == [(0, 1, 0), (1, 2, 0)]
+    assert groups([a, a], samples=2, growth=1, tokens=30) == [(0, 2, 9)]
+    assert groups([a, a], samples=2, growth=1, tokens=29) == [(0, 1, 0), (1, 2, 0)]
+    # Of 160 keys that are seen, each may be in one of 16 prompts of 10.
+    assert groups([a] * 20, tokens=40) == [(0, 11, 9), (11, 20, 9)]
+    monkeypatch.setattr(generate, "SEEN", 4)
+    assert groups([a] * 20, tokens=40) == [(0, 8, 9), (8, 16, 9), (16, 20, 9)]
 
 
 def test_what_fits_is_computed_together_and_the_rest_waits():
