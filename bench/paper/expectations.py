@@ -1,4 +1,4 @@
-"""What the experiment is expected to show, written down before it was run for the first time and unchanged since.
+"""What the experiment is expected to show, written down before the reported seeds were run and unchanged since.
 
 An expectation compares two arms, or two strategies of one arm, on the same questions. It has come where the interval of
 their difference lies within what was expected, has not come where it lies outside, and is open where it reaches both.

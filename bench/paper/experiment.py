@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from tokenmill.bench.paper import world
@@ -36,6 +37,8 @@ from tokenmill.trainer.stage import Stage
 
 STREAMS = ("general", "general_heldout", "clinical", "clinical_heldout", "tuning", "preferences")
 HELD_OUT = {"clinical": "clinical_heldout", "general": "general_heldout"}
+ARMS = ("base", "cpt", "base-tuned", "cpt-tuned", "cpt-neftune", "cpt-dpo")
+SEED = r"^seed = \d+"  # in a pipeline's file
 HOPS = {1: "one_hop", 2: "two_hop"}  # files of test questions by the facts that each takes
 MARKS = chat.CONTROL_PIECES["mistral-v3"]
 LEAST = 8  # people, and diseases
@@ -75,22 +78,36 @@ def run_seed(folder: Path, pipeline_file: Path, seed: int, size: int) -> None:
 
 
 def check(pipeline_file: Path, seeds: Sequence[int], size: int) -> None:
-    """Before any work: raises ValueError where an arm would be missing, or the world be too small."""
+    """Before any work: raises ValueError where an arm, the curve or the seed is missing, or the world too small."""
     if size < LEAST:
         raise ValueError(f"--size is {size}: expected at least {LEAST} people and diseases, for shots and a test")
     if min(seeds) < 0:
         raise ValueError(f"--seeds: {min(seeds)} is one; expected numbers from 0 on")
     raw = read_toml(pipeline_file, kind="pipeline")
-    names = {stage.get("name") for stage in raw.get("stages", [])}
-    if missing := [name for name in ("base", "cpt", "base-tuned", "cpt-tuned", "cpt-neftune") if name not in names]:
-        raise ValueError(f"{pipeline_file}: no stage is called {missing[0]!r}; change a copy of the shipped paper.toml")
+    stages = {stage.get("name"): stage for stage in raw.get("stages", [])}
+    copy = "change a copy of the shipped paper.toml"
+    if missing := [name for name in ARMS if name not in stages]:
+        raise ValueError(f"{pipeline_file}: no stage is called {missing[0]!r}; {copy}")
+    at = stages["cpt-tuned"].get("at")
+    if not isinstance(at, list) or len(at) < 2 or at[-1] != "last":
+        raise ValueError(
+            f"{pipeline_file}: stages.cpt-tuned.at is {at!r}, expected steps of cpt for the curve, then 'last'; {copy}"
+        )
+    if not re.search(SEED, pipeline_file.read_text(), re.MULTILINE):
+        raise ValueError(f"{pipeline_file}: set.seed is not there, expected a line `seed = 0` below [set]; {copy}")
 
 
 def material(folder: Path, pipeline_file: Path, seed: int, size: int) -> Path:
-    """Text, tokenizer, streams and the pipeline's file with this folder and seed, which is returned."""
+    """Text, tokenizer, streams and the pipeline's file with this folder and seed, which is returned. Raises ValueError
+    where there is the text of another world."""
     text, tokenizer = folder / "text", folder / "tokenizer.model"
     if not text.is_dir():
         world.write(text, seed, size)
+    made = json.loads((text / world.FACTS).read_text())
+    if made != {"seed": seed, "size": size}:
+        raise ValueError(
+            f"{text}: is of the world {made}, expected seed {seed} and --size {size}: choose another --output"
+        )
     raw = read_toml(pipeline_file, kind="pipeline")
     if not tokenizer.is_file():
         vocabulary = raw["stages"][0]["recipe"]["model"]["new"]["vocab_size"] - len(MARKS)
@@ -104,7 +121,7 @@ def material(folder: Path, pipeline_file: Path, seed: int, size: int) -> Path:
             prepare([text / f"{name}.jsonl"], tokenizer, folder / "streams" / name)
     there = str(Path(raw["output"]).parent)
     stages = pipeline_file.read_text().replace(there, str(folder))
-    replace_file(folder / "pipeline.toml", re.sub(r"^seed = \d+$", f"seed = {seed}", stages, flags=re.MULTILINE))
+    replace_file(folder / "pipeline.toml", re.sub(SEED, f"seed = {seed}", stages, flags=re.MULTILINE))
     return folder / "pipeline.toml"
 
 
@@ -211,12 +228,25 @@ def results(stages: Sequence[Stage], found: Sequence[Arm]) -> dict[str, Any]:
                 for name, rows in by_strategy.items()
                 if "generated" in rows[0]["votes"][0]
             },
+            "shots": {name: mean(row["shots"] for row in rows) for name, rows in by_strategy.items()},
         }
     return {
         "hops": [row["hops"] for row in _rows(found[0].answers / f"{ZERO_SHOT}.jsonl")],
         "arms": measured,
+        "noise": _noise(stages),
         "validation": {stage.name: _validation(stage) for stage in stages if stage.name in ("base", "cpt")},
     }
+
+
+def _noise(stages: Sequence[Stage]) -> dict[str, float]:
+    """Root mean squares of NEFTune's noise in tuning, and of the embeddings that it is added to."""
+    stage = next(stage for stage in stages if stage.name == "cpt-neftune")
+    lengths = TokenStream.open(stage.recipe.data.sources[0].stream).lengths
+    parent = next(stage for stage in stages if stage.name == "cpt")
+    embeddings = load_model(step_folder(Path(parent.recipe.output), parent.steps)).embed.weight.detach()
+    squares = stage.recipe.loss.neftune_alpha**2 / (3 * lengths * embeddings.shape[1])  # of U(-1, 1) it is 1 / 3
+    noise = float((squares * lengths).sum() / lengths.sum()) ** 0.5
+    return {"noise": noise, "embeddings": float(embeddings.square().mean()) ** 0.5}
 
 
 def _validation(stage: Stage) -> list[dict[str, float]]:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from tokenmill.bench.paper.expectations import NEAR, Expectation, expectations
+from tokenmill.bench.paper.experiment import ARMS
 from tokenmill.bench.paper.intervals import Draws
 from tokenmill.data.files import replace_file
 from tokenmill.trainer.evaluate.metrics import Estimate
@@ -25,7 +26,6 @@ from tokenmill.trainer.evaluate.strategies import STRATEGIES
 
 CHANCE = 0.25
 ZERO_SHOT = "zero-shot"
-ARMS = ("base", "cpt", "base-tuned", "cpt-tuned", "cpt-neftune", "cpt-dpo")
 COLOURS = ("#5c677d", "#00798c", "#edae49", "#d1495b", "#6a4c93", "#3a7d44")
 
 
@@ -66,8 +66,15 @@ class Results:
         """The strategies whose answers are chains of thought."""
         return list(self.runs[0]["arms"]["base"]["concluded"])
 
-    def concluded(self, arm: str, strategy: str) -> float:
-        return float(np.mean([run["arms"][arm]["concluded"][strategy] for run in self.runs]))
+    def concluded(self, arm: str, strategy: str = "chain-of-thought") -> NDArray[np.float64]:
+        """(seeds, questions): the share of a question's chains that came to one of the options by themselves."""
+        return np.array([run["arms"][arm]["concluded"][strategy] for run in self.runs], np.float64)
+
+    def shots(self, arm: str, strategy: str) -> float:
+        return float(np.mean([run["arms"][arm]["shots"][strategy] for run in self.runs]))
+
+    def noise(self, of: str) -> float:
+        return float(np.mean([run["noise"][of] for run in self.runs]))
 
     @property
     def curve(self) -> tuple[list[str], list[str]]:
@@ -101,18 +108,20 @@ def write(folder: Path, by_seed: Mapping[int, Any], about: str) -> str:
 
 def page(found: Results, about: str) -> str:
     counts = {hops: int((found.hops == hops).sum()) for hops in (1, 2)}
-    seeds = f"{len(found.seeds)} seeds" if len(found.seeds) > 1 else "one seed"
+    seeds, others = "one seed", "questions\n(a bootstrap over them), which say nothing of other seeds"
+    if len(found.seeds) > 1:
+        seeds = f"{len(found.seeds)} seeds"
+        others = "seeds and other\nquestions (a bootstrap over both); with few seeds they are somewhat too narrow"
     return f"""# What continued pre-training adds to tuning: a closed world
 
 {about}
 
 Accuracies are means over {seeds}, with {counts[1]} questions of one hop and {counts[2]} of two each, about
-diseases that no tuning question is about; chance is {CHANCE}. In brackets are 95 % intervals for other seeds and other
-questions (a bootstrap over both); with few seeds they are rough.
+diseases that no tuning question is about; chance is {CHANCE}. In brackets are 95 % intervals for other {others}.
 
 ## Expected, and what came of it
 
-Expectations were written down before the first run (`bench/paper/expectations.py`); "near" is within {NEAR} of
+Expectations were written down before these seeds were run (`bench/paper/expectations.py`); "near" is within {NEAR} of
 accuracy, "clearly" more than {NEAR}. One has come where the interval lies within what was expected, has not where it
 lies outside, and is open where it reaches both.
 
@@ -124,7 +133,8 @@ lies outside, and is open where it reaches both.
 
 "People not asked about" are of the general half of the world: what remains of what the base knew. Losses are nats a
 token on documents not trained on. `base` and `cpt` are asked in plain text, as the general text asks; the tuned arms by
-the template that they were tuned with.
+the template that they were tuned with. NEFTune's noise in `cpt-neftune` has a root mean square of
+{found.noise("noise"):.3f}, the embeddings that it is added to one of {found.noise("embeddings"):.3f}.
 
 ## Strategies
 
@@ -136,10 +146,13 @@ Questions of two hops:
 
 {_markdown(["arm", *STRATEGIES], _by_strategy(found, 2))}
 
-Of the chains of thought, the share that came to one of the options by themselves (of the others, the likeliest letter
-is taken):
+A chain of thought may come to a value that is none of the options, or to nothing. Then the likeliest letter is taken,
+which is a guess: the texts of this world answer in words, never by a letter. So by arm, of the single chains of
+`chain-of-thought`: the share that came to an option by themselves, how many of these were right, how many of the same
+questions zero-shot was right on, and how many of the guesses were right; and how many shots MedPrompt had in the mean,
+for which the model's own chains must be right.
 
-{_markdown(["arm", *found.chains], _concluded(found))}
+{_markdown(CHAINS, _chains(found))}
 
 ![strategies](strategies.png)
 
@@ -178,8 +191,19 @@ def _by_strategy(found: Results, hops: int) -> list[list[str]]:
     return [[arm, *(str(found.accuracy(arm, strategy, [hops])) for strategy in STRATEGIES)] for arm in ARMS]
 
 
-def _concluded(found: Results) -> list[list[str]]:
-    return [[arm, *(f"{found.concluded(arm, strategy):.3f}" for strategy in found.chains)] for arm in ARMS]
+CHAINS = ["arm", "came to an option", "of these right", "zero-shot on the same", "guesses right", "MedPrompt's shots"]
+
+
+def _chains(found: Results) -> list[list[str]]:
+    def share(right: NDArray[np.float64]) -> str:
+        return f"{right.mean():.3f}" if right.size else "-"
+
+    rows = []
+    for arm in ARMS:
+        came, right = found.concluded(arm) == 1, found.correct(arm, "chain-of-thought")
+        shares = [came.astype(float), right[came], found.correct(arm, ZERO_SHOT)[came], right[~came]]
+        rows.append([arm, *map(share, shares), f"{found.shots(arm, 'medprompt'):.2f}"])
+    return rows
 
 
 def _curve(found: Results) -> list[list[str]]:
@@ -216,7 +240,7 @@ def _numbers(found: Results) -> dict[str, Any]:
             "losses": {half: [run["arms"][arm]["losses"][half] for run in found.runs] for half in HALVES},
             "people": asdict(found.people(arm)),
             "accuracy": accuracy,
-            "concluded": {s: found.concluded(arm, s) for s in found.chains if s in strategies},
+            "concluded": {s: float(found.concluded(arm, s).mean()) for s in found.chains if s in strategies},
         }
     expected = [
         {"expected": e.text, "difference": asdict(difference), "outcome": e.outcome(difference)}

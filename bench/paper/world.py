@@ -18,6 +18,7 @@ those about the other half are the test.
 | `shots.jsonl` | `{"question", "options", "answer"}`: one a disease of the first half and attribute |
 | `one_hop.jsonl`, `two_hop.jsonl` | the same about the other half: the test |
 | `people.jsonl` | the same about people whom no text asks about |
+| `world.json` | the seed and the size |
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from tokenmill.trainer.evaluate.strategies import CONCLUDE
 from tokenmill.trainer.evaluate.tasks import Question
 
 SIZE = 128  # people, and diseases
+FACTS = "world.json"
 OPTIONS = 4
 ASKED = 0.75  # share of the people whom questions in the general text are about
 RENDERINGS = 64  # documents about one person or disease
@@ -159,6 +161,7 @@ def write(folder: Path, seed: int, size: int = SIZE) -> World:
         for name, rows in files.items():
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (temporary / name).write_text("".join(lines), encoding="utf-8")
+        (temporary / FACTS).write_text(json.dumps({"seed": seed, "size": size}) + "\n")
     return world
 
 

@@ -31,13 +31,14 @@ def test_seeds_that_differ_widen_the_interval():
 
 
 def test_an_interval_covers_the_truth():
-    """Over worlds whose accuracies differ as those of other seeds would."""
-    rng, covered = np.random.default_rng(3), 0
-    for _ in range(100):
-        chances = 0.5 + rng.normal(0, 0.05, (8, 1))
-        found = Draws(8, alike(100), resamples=400).mean(rng.random((8, 100)) < chances)
-        covered += found.low <= 0.5 <= found.high
-    assert covered >= 85
+    """Over worlds whose accuracies differ as those of other seeds would; with four, rather less often than in 95 %."""
+    for seeds, least in ((4, 80), (8, 85)):
+        rng, covered = np.random.default_rng(3), 0
+        for _ in range(100):
+            chances = 0.5 + rng.normal(0, 0.05, (seeds, 1))
+            found = Draws(seeds, alike(320), resamples=400).mean(rng.random((seeds, 320)) < chances)
+            covered += found.low <= 0.5 <= found.high
+        assert covered >= least
 
 
 def test_a_difference_is_paired():
@@ -81,15 +82,19 @@ def test_an_outcome_is_of_the_whole_interval(low, high, outcome):
 def test_expectations_are_those_written_down():
     """They stay as they were before the first run, whatever came of it."""
     found = expectations("cpt-100", "cpt-tuned-100")
-    bounds = [(e.arm[0], e.than[0], e.low, e.high) for e in found[:8]]
-    inf = float("inf")
+    bounds = [(" ".join(e.arm), " ".join(e.than), e.low, e.high, e.hops) for e in found]
+    inf, both = float("inf"), (1, 2)
     assert bounds == [
-        ("cpt", "base", -0.1, 0.1),
-        ("base-tuned", "base", -0.1, 0.1),
-        ("cpt-tuned", "base", 0.1, inf),
-        ("cpt-tuned", "cpt", 0.1, inf),
-        ("cpt-tuned", "base-tuned", 0.1, inf),
-        ("cpt-tuned", "cpt-tuned-100", 0, inf),
-        ("cpt", "cpt-100", -0.1, 0.1),
-        ("cpt-neftune", "cpt-tuned", 0, 0.1),
+        ("cpt zero-shot", "base zero-shot", -0.1, 0.1, both),
+        ("base-tuned zero-shot", "base zero-shot", -0.1, 0.1, both),
+        ("cpt-tuned zero-shot", "base zero-shot", 0.1, inf, both),
+        ("cpt-tuned zero-shot", "cpt zero-shot", 0.1, inf, both),
+        ("cpt-tuned zero-shot", "base-tuned zero-shot", 0.1, inf, both),
+        ("cpt-tuned zero-shot", "cpt-tuned-100 zero-shot", 0, inf, both),
+        ("cpt zero-shot", "cpt-100 zero-shot", -0.1, 0.1, both),
+        ("cpt-neftune zero-shot", "cpt-tuned zero-shot", 0, 0.1, both),
+        ("cpt-dpo zero-shot", "cpt-tuned zero-shot", -0.1, 0.1, both),
+        ("cpt-tuned knn", "cpt-tuned few-shot", 0, inf, both),
+        ("cpt-tuned medprompt", "cpt-tuned knn", 0, inf, both),
+        ("cpt-tuned chain-of-thought", "cpt-tuned zero-shot", 0, inf, (2,)),
     ]

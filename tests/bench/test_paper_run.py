@@ -111,6 +111,36 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(output, stages_fi
     assert all("cpt-dpo" in name or name == str(answers.relative_to(output)) for name in again)
 
 
+def test_another_world_under_the_output_is_refused(output, stages_file):
+    with pytest.raises(ValueError, match=r"text: is of the world .*'size': 12}, expected seed 3 and --size 16"):
+        experiment.run_seed(paper.folder(output, SEED), stages_file, SEED, 16)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda text: text.replace('name = "cpt-dpo"', 'name = "other"'), "no stage is called 'cpt-dpo'"),
+        (
+            lambda text: text.replace('at = [2, "last"]', 'at = ["last"]'),
+            r"stages\.cpt-tuned\.at is \['last'\], expected",
+        ),
+        (lambda text: text.replace("\nseed = 0\n", "\n"), r"set\.seed is not there"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_reported_is_refused_at_once(stages_file, tmp_path, wrong, message):
+    file = tmp_path / "wrong.toml"
+    file.write_text(wrong(stages_file.read_text()))
+    with pytest.raises(ValueError, match=message):
+        experiment.check(file, [0], SIZE)
+
+
+def test_a_seed_is_set_whatever_follows_it(stages_file, tmp_path, output):
+    file = tmp_path / "commented.toml"
+    file.write_text(stages_file.read_text().replace("\nseed = 0\n", "\nseed = 0  # mine\n"))
+    shutil.copytree(paper.folder(output, SEED), tmp_path / "seed-3", ignore=shutil.ignore_patterns("stages", ".lock"))
+    assert "\nseed = 3  # mine\n" in experiment.material(tmp_path / "seed-3", file, SEED, SIZE).read_text()
+
+
 def test_the_report_is_the_same_twice(output):
     summary = paper.summarise(output, [SEED], SIZE)
     written = {name: (output / name).read_bytes() for name in ("report.md", "results.json")}
