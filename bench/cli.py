@@ -37,6 +37,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     c.add_argument("--output", default="runs/moe", help="folder for gpu.json, moe.csv and moe.png (default: runs/moe)")
     c.add_argument("--rehearse", action="store_true", help="every line of it on a CPU, at tiny shapes")
 
+    c = command("generation", _generation, "Options scored and answers generated, beside transformers.")
+    c.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="Mistral-7B's shape on a GPU")
+
     c = command("data", _data, "Text to batches, each part of the way beside other projects' tools, on one core.")
     c.add_argument("inputs", nargs="*", metavar="INPUT", help="plain documents, as for prepare (default: made ones)")
     c.add_argument("--tokenizer", default="mistral-v1", help="as for prepare (default: mistral-v1)")
@@ -87,6 +90,12 @@ def _moe(options: argparse.Namespace) -> None:
     from tokenmill.bench import gpu
 
     _measure("moe", gpu.EXPERTS, options)
+
+
+def _generation(options: argparse.Namespace) -> None:
+    from tokenmill.bench import generation
+
+    generation.main(options.device)
 
 
 def _measure(name: str, parts: Any, options: argparse.Namespace) -> None:

@@ -85,6 +85,7 @@ PARTS = [
     *_parts("training", False, dict(step=90)),
     *OPERATIONS[4:],
     *_parts("checks", True, dict(compiling=120)),
+    *_parts("generation", False, dict(scoring=90, generating=90)),
     *_parts("training", False, dict(beside_transformers=150)),
 ]
 

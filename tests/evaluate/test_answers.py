@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tokenmill.trainer.evaluate.answers import Vote, is_right, majority, read
+from tokenmill.trainer.evaluate.answers import Vote, is_right, majority, normal, read
 from tokenmill.trainer.evaluate.prompts import Style
 from tokenmill.trainer.evaluate.tasks import Question
 
@@ -46,6 +46,69 @@ def test_a_choice_after_a_chain_of_thought(text, option):
     assert read(text, CHOICE, Style("generate", reason=True)) == option
 
 
+CAPITALS = [
+    # of MedQA
+    ("Cryptosporidiosis", "C. difficile colitis", "Bacillus cereus infection", "Norovirus infection"),
+    ("Loud P2", "S3 gallop", "Absent S4", "A loud S1"),
+    ("D cells", "G cells", "P/D1 cells", "L cells"),
+    ("Neutrophil", "Human immunodeficiency virus", "B lymphocytes", "Macrophage"),
+    (
+        "An increase in right atrial pressure", "An increase in pulmonary capillary wedge pressure",
+        "A reduction in the slope of the pacemaker potential", "A reduction in diastolic filling time",
+    ),
+    ("B-cell maturation", "V(D)J recombination", "Thymocyte formation", "Negative selection"),
+    ("↓ ↓ ↓", "↑ ↓ normal", "↓ ↑ ↑", "↓ ↑ ↓"),
+    ("LOD Score < 1", "LOD Score < 2", "LOD Score > 3", "LOD Score = 0"),
+    ("T-score of 1.2", "T-score of -0.8", "Z-score of -2.0", "T-score of -1.6"),
+    ("0.9% saline IV", "5% dextrose IV", "5% dextrose IV with 0.45% saline IV", "Oral free water replacement"),
+    # made up
+    ("B. fragilis", "E2", "Vitamin C", "C-reactive protein", "C. albicans", "E. coli"),
+    ("T-score of 0.8", "T-score of -0.8", "LOD Score < 1", "LOD Score > 1", "5%", "5", "5 % dextrose"),
+    ("A+", "A-", "B+", "B-", "AB+", "Group B strep"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", [False, True])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "The answer is {option}.", "The answer is {option}, given the history.", "The answer is {letter}.",
+        "The answer is {letter}, given the history.", "The answer is {letter}. {option}", "The answer is ({letter})",
+        "Answer: **({letter}) {option}**",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("options", CAPITALS, ids=lambda options: options[0])
+def test_options_that_begin_like_a_letter(options, form, reason):
+    for i, (letter, option) in enumerate(zip("ABCDEFG", options, strict=False)):
+        text = form.format(letter=letter, option=option)
+        assert read(text, Question("Which?", options, 0, "q:3"), Style("generate", reason=reason)) == i
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "option"),
+    [
+        # Points in a figure, of MedQA: the prompt lists them as "A. B", "B. C", ..., and asks for the first letter.
+        (("B", "C", "D", "E"), "The answer is B.", 1),
+        (("B", "C", "D", "E"), "C", 2),
+        (("B", "C", "D", "E"), "The answer is D. E", 3),
+        (("B", "C", "D", "E"), "The answer is E.", 3),  # no letter of the list
+        (("A", "B", "C", "E"), "The answer is (E)", 3),
+        (("Vitamin K", "C", "D", "A"), "The answer is C.", 2),
+        (("Vitamin K", "C", "D", "A"), "I would give a lot of it.", None),  # an article is no option
+        (("C. difficile", "C. difficile colitis", "X"), "C. difficile colitis, as there were antibiotics.", 1),
+        (("iron", "zinc"), "The answer is iron, not zinc.", 0),
+        (("iron", "environment"), "It is iron, or environment.", None),  # no longer name of the same thing
+        # Nothing but case tells these apart: a text of theirs is no answer, nor one of the shorter option; a letter is.
+        (("Iron deficiency", "iron deficiency", "iron"), "The answer is iron deficiency.", None),
+        (("Iron deficiency", "iron deficiency", "iron"), "It is iron deficiency.", None),
+        (("Iron deficiency", "iron deficiency", "iron"), "The answer is B. iron deficiency", 1),
+        (("Iron deficiency", "iron deficiency", "iron"), "The answer is iron.", 2),
+    ],
+)
+def test_letters_and_texts_that_clash(options, text, option):
+    assert read(text, Question("Which?", options, 0, "q:4"), Style("generate")) == option
+
+
 def test_an_answer_in_words():
     assert read(" 3.5 mg \n", OPEN, Style("generate")) == "3.5 mg"
     assert read("  ", OPEN, Style("generate")) is None
@@ -69,6 +132,31 @@ def test_what_is_right():
     assert not is_right(sign, "-")
 
 
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("-5 mmol/l", "5 mmol/l"), ("↑ TSH", "↓ TSH"), ("↑ TSH", "TSH"), ("↓ TSH", "TSH"), ("+5", "-5"), ("+5", "5"),
+        ("< 5 %", "5 %"), ("< 5", "> 5"), ("> 5", "5"), ("≤5", "5"), ("≥5", "5"), ("≤5", "≥5"), ("5%", "5"),
+        ("Na+", "Na"), ("HCO3-", "HCO3"), ("A-", "A+"), ("ssRNA (-)", "ssRNA (+)"), ("ssRNA (-)", "ssRNA"),
+        ("T-score of -0.8", "T-score of 0.8"),
+    ],
+)  # fmt: skip
+def test_signs_tell_answers_apart(text, other):
+    assert normal(text) != normal(other)
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("beta-blocker", "Beta blocker"), ("3-5 mg", "3 5 mg"), ("-5 mmol/l", "\N{MINUS SIGN}5 mmol/l"), ("5 %", "5%"),
+        ("iron - a metal", "iron, a metal"), ("- iron", "iron"), ("iron--a metal", "iron a metal"), ("↑TSH", "↑ tsh"),
+        ("14-alpha-demethylase", "14 alpha demethylase"), ("---\niron", "iron"),
+    ],
+)  # fmt: skip
+def test_layout_does_not(text, other):
+    assert normal(text) == normal(other)
+
+
 def votes(*choices: int | str | None) -> list[Vote]:
     return [Vote("", choice) for choice in choices]
 
@@ -89,3 +177,19 @@ def votes(*choices: int | str | None) -> list[Vote]:
 )
 def test_the_majority_wins(choices, prediction, share):
     assert majority(votes(*choices)) == (prediction, share)
+
+
+@pytest.mark.parametrize(
+    ("concluded", "forced", "prediction", "share"),
+    [
+        ((1,), (0, 0, 0, 0), 1, 0.2),  # guesses have no vote beside a conclusion, and count against it
+        ((2, 1, 1), (2, 2), 1, 0.4),
+        ((1, None), (1, 1), 1, 0.25),  # those that agree were not come to either
+        ((None,), (0, 3, 3), 3, 0.0),  # guesses alone
+        ((), (2,), 2, 0.0),
+    ],
+)
+def test_a_forced_guess_votes_only_where_there_is_no_other(concluded, forced, prediction, share):
+    guesses = [Vote("", choice, forced=True) for choice in forced]
+    assert majority([*votes(*concluded), *guesses]) == (prediction, share)
+    assert majority([*guesses, *votes(*concluded)]) == (prediction, share)

@@ -192,6 +192,16 @@ def test_verdicts(text, score):
 
 
 EVAL = {"question": "Q?", "options": ["x", "y"], "votes": [{"generated": "B", "choice": 1}]}
+SAMPLES = EVAL | {
+    "votes": [
+        {"generated": "C, by force", "choice": 2, "forced": True},
+        {"generated": "A, by force", "choice": 0, "forced": True},
+        {"generated": "no idea", "forced": False},
+        {"generated": "B, I conclude", "choice": 1, "forced": False},
+        {"generated": "B again", "choice": 1, "forced": False},
+        {"generated": "A, at last", "choice": 0, "forced": False},
+    ]
+}
 
 
 def test_both_kinds_of_files(tmp_path):
@@ -199,6 +209,10 @@ def test_both_kinds_of_files(tmp_path):
     for row, expected in [
         (EVAL, ("Q?\nA. x\nB. y", "B")),
         (EVAL | {"options": []}, ("Q?", "B")),
+        (SAMPLES | {"prediction": 1}, ("Q?\nA. x\nB. y", "B, I conclude")),  # the first of the majority's
+        (SAMPLES | {"prediction": 0}, ("Q?\nA. x\nB. y", "A, at last")),  # one that was not forced, if there is one
+        (SAMPLES | {"prediction": 2}, ("Q?\nA. x\nB. y", "C, by force")),
+        (SAMPLES | {"prediction": None}, ("Q?\nA. x\nB. y", "no idea")),
         ({"text": "yes", "row": {"instruction": "Do", "input": "this"}}, ("Do\n\nthis", "yes")),
         ({"text": "", "row": {"messages": messages}}, ("system: Be kind.\n\nuser: Hi", "")),
         ({"text": "yes", "row": {"messages": messages[1:]}}, ("Hi", "yes")),
@@ -211,8 +225,10 @@ def test_both_kinds_of_files(tmp_path):
     ("row", "said"),
     [
         ({"text": "no more"}, "a.jsonl:1: its keys are 'text'; expected a line of `generate --json`"),
-        (EVAL | {"votes": [{"logprobs": [1, 2]}]}, "a.jsonl:1: has no text under 'votes.0.generated'"),
-        (EVAL | {"votes": 3}, "a.jsonl:1: has no text under 'votes.0.generated'"),
+        (EVAL | {"votes": [{"logprobs": [1, 2]}]}, "a.jsonl:1: has no text under 'votes[].generated'"),
+        (EVAL | {"votes": 3}, "a.jsonl:1: has no text under 'votes[].generated'"),
+        (EVAL | {"votes": []}, "a.jsonl:1: has no text under 'votes[].generated'"),
+        (EVAL | {"votes": [3]}, "a.jsonl:1: has no text under 'votes[].generated'"),
         (EVAL | {"votes": [{"generated": "B", "order": [1, 0]}]}, "a.jsonl:1: its options were shuffled"),
         ({"text": 3, "row": {"prompt": "a"}}, "a.jsonl:1: has no text under 'text'"),
         ({"text": "a", "row": {}}, "a.jsonl:1: has no prompt"),

@@ -49,6 +49,20 @@ def test_of_many_equals_the_first_ones_win():
     assert nearest(np.array([[2.0, 1.0]]), pool, 40).tolist() == [np.flatnonzero(near)[:40].tolist()]
 
 
+@pytest.mark.parametrize("size", [7, 33, 130])
+def test_of_identical_rows_among_others_the_first_ones_win(size):
+    generator = np.random.default_rng(96 + size)
+    row, pool = generator.normal(size=96), generator.normal(size=(size, 96))
+    same = [i for i in range(size) if i % 3]
+    pool[same] = row
+    for n in range(1, 9):  # how a matrix product rounds which rows depends on its sizes
+        found = nearest(np.stack([row, *generator.normal(size=(n - 1, 96))]), pool, size).tolist()
+        assert found[0][: len(same)] == same
+        for places in found:
+            assert [i for i in places if i % 3] == same
+            assert sorted(places) == list(range(size))
+
+
 @pytest.mark.parametrize("tokens_per_batch", [1, 20, 8192])
 def test_embeddings_as_when_alone(tokens_per_batch):
     tokenizer = Tokenizer.open("mistral-v1")

@@ -148,7 +148,8 @@ def read_pairs(a: str | Path, b: str | Path) -> list[Pair]:
 
 
 def read_answers(path: str | Path) -> list[tuple[str, str, str]]:
-    """Where, prompt and answer of each line that `tokenmill generate --json` wrote, or `tokenmill eval --by generate`.
+    """Where, prompt and answer of each line that `tokenmill generate --json` wrote, or `tokenmill eval --by generate`
+    (of several votes, the first that came to the prediction).
 
     Raises DataError, which names file, line and key, where a line is not one of these, or there is none.
     """
@@ -163,10 +164,9 @@ def _task_and_answer(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
         asked, key = row["row"], "text"
         answer = row.get(key)
         task = _task(asked) if isinstance(asked, dict) else None
-    elif "votes" in row:  # of `eval`; where there are several votes, the first
-        key = "votes.0.generated"
-        votes = row["votes"]
-        vote = votes[0] if isinstance(votes, list) and votes and isinstance(votes[0], dict) else {}
+    elif "votes" in row:  # of `eval`
+        key = "votes[].generated"
+        vote = _deciding(row)
         if "order" in vote:
             raise DataError(f"{where}: its options were shuffled, so its letters mean nothing: use another strategy")
         answer = vote.get("generated")
@@ -180,6 +180,15 @@ def _task_and_answer(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
     if not task:
         raise DataError(f"{where}: has no prompt to show to the judge")
     return task, answer
+
+
+def _deciding(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a line of `eval` the first vote that came to the prediction, by itself if any did; the first where none did;
+    empty where there is none."""
+    found = row["votes"] if isinstance(row["votes"], list) else []
+    votes = [vote for vote in found if isinstance(vote, dict)]
+    agreed = [vote for vote in votes if vote.get("choice") == row.get("prediction")]
+    return min(agreed or votes, key=lambda vote: bool(vote.get("forced")), default={})  # of equals, the first
 
 
 def _task(row: Mapping[str, Any]) -> str | None:

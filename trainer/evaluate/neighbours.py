@@ -36,11 +36,14 @@ def embeddings(
 
 def nearest(queries: NDArray[np.float64], pool: NDArray[np.float64], k: int) -> NDArray[np.int64]:
     """(Q, k): for each of the queries (Q, D), the rows of `pool` (P, D) most similar by cosine, the most similar first,
-    of equals the first in the pool; all of them where P < k. Exact: every pair is compared, in fp64."""
+    of identical rows the first in the pool; all of them where P < k. Exact: every pair is compared, in fp64."""
     unit = pool / np.maximum(np.linalg.norm(pool, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    # A matrix product rounds by a row's place. Identical rows take the similarity of the first, so that they are equal.
+    firsts: dict[bytes, int] = {}
+    same = [firsts.setdefault(row.tobytes(), i) for i, row in enumerate(unit)]
     step = max(1, AT_ONCE // max(1, len(pool)))
     found = [np.empty((0, min(k, len(pool))), np.int64)]
     for i in range(0, len(queries), step):
-        similar = queries[i : i + step] @ unit.T  # but for the query's own length, which changes no order
+        similar = (queries[i : i + step] @ unit.T)[:, same]  # but for the query's own length, which changes no order
         found.append(np.argsort(-similar, axis=1, kind="stable")[:, :k])
     return np.concatenate(found)
