@@ -48,6 +48,12 @@ def _positive(text: str) -> int:
     return number
 
 
+def _seed(text: str) -> int:
+    if not 0 <= (number := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"expected 0 to 2**63 - 1, got {number}")
+    return number
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(number) for number in text.split(","))
@@ -113,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         c.add_argument("--template", default="auto", choices=templates, help="of a checkpoint's chats")
         text = "of an answer with tasks, a question or a verdict (4096, 2048, 1024)"
         c.add_argument("--max-tokens", type=_positive, help=text)
-        c.add_argument("--seed", type=int, default=0)
+        c.add_argument("--seed", type=_seed, default=0)
         c.add_argument("--overwrite", action="store_true", help="replace an output that is there")
 
     c = command(
@@ -178,18 +184,19 @@ def _parser() -> argparse.ArgumentParser:
     text = "score option texts or letters, or read what is generated (default: text; generate where only that works)"
     c.add_argument("--by", choices=["text", "letter", "generate"], help=text)
     c.add_argument("--shots", metavar="FILE", help="other questions, to take worked examples from")
-    c.add_argument("--k", type=_positive, help="examples in a prompt (5)")
+    c.add_argument("--k", type=_positive, help="examples in a prompt, as long as there are positions for them (5)")
     c.add_argument("--votes", type=_positive, help="samples of self-consistency, orders of medprompt (5)")
     c.add_argument("--temperature", type=float, help="of generated answers (self-consistency: 0.7; else 0, greedy)")
     c.add_argument("--max-new-tokens", type=_positive, help="of an answer (512; 32 without a chain of thought)")
-    c.add_argument("--seed", type=int, default=0, help="of examples, samples, orders and intervals (0)")
+    c.add_argument("--seed", type=_seed, default=0, help="of examples, samples, orders and intervals (0)")
     c.add_argument("--tokenizer", help="default: the model folder's tokenizer.model")
     c.add_argument("--template", default="auto", choices=[*templates, "plain"], help="plain: text, for a base model")
     c.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16 on a GPU, fp32 on a CPU")
     text = "tokens computed at once, and cached in generation (65536 on a GPU, 8192 on a CPU)"
     c.add_argument("--tokens-per-batch", type=_positive, help=text)
     c.add_argument("--limit", type=_positive, help="only the first LIMIT questions")
-    c.add_argument("--output", metavar="FILE", help="write every prompt and answer, as JSON lines (.jsonl)")
+    text = "write every prompt and answer, as JSON lines (.jsonl); killed and started again, it goes on"
+    c.add_argument("--output", metavar="FILE", help=text)
     text = "compare with earlier outputs on the same questions"
     c.add_argument("--against", nargs="+", default=[], metavar="FILE", help=text)
 
@@ -197,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare", commands.compare, "Outputs of eval on the same questions, side by side; the first is the baseline."
     )
     c.add_argument("results", nargs="+", metavar="FILE")
-    c.add_argument("--seed", type=int, default=0, help="of the intervals (0)")
+    c.add_argument("--seed", type=_seed, default=0, help="of the intervals (0)")
 
     c = command("judge", commands.judge, "Two models' answers to the same prompts, compared by a third in both orders.")
     c.add_argument("a", metavar="A", help="answers of `generate --json`, or of `eval --by generate --output`")
@@ -215,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--max-new-tokens", type=_positive, help="default: 256, or as many as there are positions for")
     c.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token (default)")
     c.add_argument("--top-p", type=float, default=1.0, help="draw from the most likely tokens of this probability (1)")
-    c.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    c.add_argument("--seed", type=_seed, default=0, help="of what is drawn (0)")
     c.add_argument("--samples", type=_positive, default=1, help="answers to each prompt (1)")
     c.add_argument("--json", action="store_true", help="JSON lines: prompt, sample, text, tokens, stopped, row")
     c.add_argument("--tokenizer", help="default: the model folder's tokenizer.model")
@@ -235,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--top-k", type=_positive, default=2, help="upcycle: experts that act on a token (2)")
     text = "upcycle: normal noise on the copies, relative to each weight's standard deviation (0)"
     c.add_argument("--noise", type=float, default=0.0, metavar="STD", help=text)
-    c.add_argument("--seed", type=int, default=0, help="upcycle: of noise and routers (0)")
+    c.add_argument("--seed", type=_seed, default=0, help="upcycle: of noise and routers (0)")
 
     c = command("merge-models", commands.merge_models, "Models of one shape, or what each has learnt, merged into one.")
     text = "a run's output, a checkpoint or a Hugging Face folder"
@@ -252,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--scale", type=float, default=1.0, help=text)
     text = "share of what a model has learnt that ties and dare keep (0.5)"
     c.add_argument("--density", type=float, default=0.5, help=text)
-    c.add_argument("--seed", type=int, default=0, help="of what dare drops (0)")
+    c.add_argument("--seed", type=_seed, default=0, help="of what dare drops (0)")
 
     c = command("export", commands.export, "A checkpoint to a Hugging Face folder.")
     c.add_argument("source", metavar="CHECKPOINT")

@@ -185,14 +185,17 @@ def profile(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    from contextlib import ExitStack
     from dataclasses import asdict
 
     from tokenmill.data.files import replace_file
-    from tokenmill.trainer.checkpoint import find_model
+    from tokenmill.trainer.adapters import Base
+    from tokenmill.trainer.checkpoint import find_model, resolve_model
     from tokenmill.trainer.evaluate import report
+    from tokenmill.trainer.evaluate.replies import Replies
     from tokenmill.trainer.evaluate.strategies import Asker, check, evaluate, named, usual
     from tokenmill.trainer.evaluate.tasks import load_questions
-    from tokenmill.trainer.inference import open_model, tokens_at_once
+    from tokenmill.trainer.inference import DTYPES, open_model, tokens_at_once
 
     find_model(options.model)
     strategy = named(options.strategy, k=options.k, votes=options.votes, temperature=options.temperature)
@@ -202,25 +205,35 @@ def evaluate(options: argparse.Namespace) -> None:
     earlier = report.read_runs(options.against)
     report.check_same({options.questions: [report.asked(question) for question in questions], **earlier})
     pool = load_questions(options.shots) if options.shots else []
-    check(questions, strategy, by=options.by, pool=pool)
+    check(questions, strategy, by=options.by, pool=pool, template=options.template)
     options.by = options.by or usual(questions, strategy)
-    model, tokenizer = open_model(options.model, tokenizer=options.tokenizer, dtype=options.dtype)
-    asker = Asker(
-        model,
-        tokenizer,
-        options.template,
-        options.seed,
-        options.max_new_tokens,
-        options.tokens_per_batch or tokens_at_once(model),
-        progress=sys.stderr.isatty(),
-    )
-    start = time.monotonic()
-    answers = evaluate(asker, questions, strategy, by=options.by, pool=pool)
-    keys = ("model", "questions", "limit", "strategy", "by", "template", "shots", "max_new_tokens", "seed")
-    rows = report.to_rows(answers, {key: getattr(options, key) for key in keys} | {"settings": asdict(strategy)})
+    folder = resolve_model(options.model)
+    fingerprint = Base.of(folder).fingerprint if options.output else ""
+    with ExitStack() as stack:
+        replies = None
+        if options.output and options.by == "generate":
+            replies = stack.enter_context(Replies(report.replies_path(options.output), fingerprint))
+        model, tokenizer = open_model(folder, tokenizer=options.tokenizer, dtype=options.dtype)
+        options.dtype = next(name for name, dtype in DTYPES.items() if dtype == model.embed.weight.dtype)
+        asker = Asker(
+            model,
+            tokenizer,
+            options.template,
+            options.seed,
+            options.max_new_tokens,
+            options.tokens_per_batch or tokens_at_once(model),
+            progress=sys.stderr.isatty(),
+            replies=replies,
+        )
+        start = time.monotonic()
+        answers = evaluate(asker, questions, strategy, by=options.by, pool=pool)
+        keys = ("model", "tokenizer", "dtype", "questions", "limit", "strategy", "by", "template", "shots")
+        run = {key: getattr(options, key) for key in (*keys, "max_new_tokens", "seed")}
+        rows = report.to_rows(answers, run | {"fingerprint": fingerprint, "settings": asdict(strategy)})
+        if options.output:
+            replace_file(Path(options.output), report.to_json(rows))
     runs = {**earlier, f"{options.strategy} by {options.by}": rows}
     if options.output:
-        replace_file(Path(options.output), report.to_json(rows))
         runs = report.read_runs([*options.against, options.output])
     print(f"{options.questions}: {report.summary(rows)}, in {time.monotonic() - start:.1f} s")
     print(report.tables(runs, seed=options.seed))

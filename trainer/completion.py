@@ -32,7 +32,7 @@ class Answer(NamedTuple):
 
 def read_prompts(file: str | Path) -> list[Prompt]:
     """The prompts in a file: of JSON lines or parquet a row each, of a `.txt` file all of it as one (without the line
-    break at its end). Raises DataError as `find_inputs` and `rows` do.
+    break at its end). Raises DataError as `find_inputs` and `rows` do, and where there is none.
     """
     found = []
     for input in find_inputs([file]):
@@ -40,6 +40,8 @@ def read_prompts(file: str | Path) -> list[Prompt]:
             for where, row in rows(piece, "prompt"):
                 whole = where == str(input.path)  # not a line of it
                 found.append(Prompt(where, {"prompt": row["prompt"].removesuffix("\n")} if whole else row))
+    if not found:
+        raise DataError(f"{file}: holds no prompt; expected one JSON object a line")
     return found
 
 
@@ -57,9 +59,12 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, template: str | None) -> list[i
             raise DataError(
                 f"no text under the key 'prompt' or 'instruction', nor 'messages' for a chat template (keys: {found})"
             )
-        if template is None:
-            return [tokenizer.bos_id, *tokenizer.encode(text)]
-        return chat.prompt([{"role": "user", "content": text, "input": row.get("input") or ""}], tokenizer, template)
+        messages = [{"role": "user", "content": text, "input": row.get("input") or ""}]
+        if template is not None:
+            return chat.prompt(messages, tokenizer, template)
+        if row.get("input"):
+            text = chat.parse(messages)[1][0].text  # both, as in the templates that have one place for them
+        return [tokenizer.bos_id, *tokenizer.encode(text)]
     except DataError as error:
         raise DataError(f"{prompt.where}: {error}") from None
 

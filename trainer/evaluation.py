@@ -70,7 +70,7 @@ def make_evaluations(recipe: Recipe, model: Transformer, tokenizer_from: Path, w
             strategy = named(section.strategy, k=section.k)
             questions = load_questions(section.questions)[: section.limit]
             pool = load_questions(section.shots) if section.shots else []
-            check(questions, strategy, by=section.by, pool=pool)
+            check(questions, strategy, by=section.by, pool=pool, template=section.template)
             by = section.by or usual(questions, strategy)
             if by == "generate" and world.size > 1:
                 raise ValueError(

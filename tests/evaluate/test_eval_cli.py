@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tokenmill.data.tokenizer import train_tokenizer
+from tokenmill.trainer.adapters import Base
 from tokenmill.trainer.checkpoint import save_checkpoint
 from tokenmill.trainer.cli import main
 from tokenmill.trainer.model import ModelConfig, Transformer
@@ -37,6 +38,7 @@ def folder(tmp_path_factory) -> Path:
         "notes": [{"text": f"It is {colour}.", "summary": colour} for colour in COLOURS],
     }.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, found)))
+    (folder / "blank.jsonl").write_text("\n \n")
     return folder
 
 
@@ -111,9 +113,13 @@ WRONG = {
     "eval {t}/model {t}/questions.jsonl --output={t}/others.jsonl": "others.jsonl: is there already",
     "eval {t}/model {t}/questions.jsonl --against {t}/others.jsonl": "others.jsonl:1: the key 'id' is missing",
     "eval {t}/model {t}/questions.jsonl --template=chatml": "needs the control pieces <|im_start|> and <|im_end|>",
-    "eval {t}/model {t}/questions.jsonl --temperature=-1": "expected positive samples",
+    "eval {t}/model {t}/questions.jsonl --temperature=-1": "temperature is -1.0: expected 0",
+    "eval {t}/model {t}/questions.jsonl --strategy=self-consistency --temperature=nan": "temperature is nan: expected",
+    "eval {t}/model {t}/questions.jsonl --strategy=medprompt --shots={t}/others.jsonl --template=alpaca": "no shots",
     "eval {t} {t}/questions.jsonl": "expected a checkpoint",
     "compare {t}/questions.jsonl": "questions.jsonl:1: the key 'id' is missing",
+    "compare {t}/blank.jsonl": "blank.jsonl: holds no answer: expected a file that tokenmill eval wrote",
+    "eval {t}/model {t}/questions.jsonl --against {t}/blank.jsonl": "blank.jsonl: holds no answer",
 }
 
 
@@ -134,12 +140,53 @@ def test_what_needs_no_model_is_said_before_one_is_loaded(folder, capsys, monkey
     assert WRONG[command] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["eval {t}/model {t}/questions.jsonl", "compare {t}/blank.jsonl"])
+def test_a_seed_that_cannot_be(folder, capsys, command):
+    for seed in (-1, 2**63):
+        with pytest.raises(SystemExit):
+            run(folder, f"{command} --seed={seed}")
+        assert f"argument --seed: expected 0 to 2**63 - 1, got {seed}" in capsys.readouterr().err
+
+
+def test_a_line_says_which_weights_answered(folder, tmp_path):
+    """Also where the same path holds others later."""
+    for name, options in {"a": "", "b": "--dtype=bf16"}.items():
+        assert run(folder, f"{EVALUATE} --output={tmp_path}/{name}.jsonl {options}") == 0
+    one, half = (json.loads((tmp_path / name).read_text().splitlines()[0])["run"] for name in ("a.jsonl", "b.jsonl"))
+    weights = Base.of(folder / "model").fingerprint
+    assert one["fingerprint"] == half["fingerprint"] == weights
+    assert (one["dtype"], half["dtype"]) == ("fp32", "bf16")
+    assert one["tokenizer"] is None
+
+
+def test_questions_of_one_stem(folder, tmp_path, capsys):
+    """As in MedMCQA: the options tell them apart, in whichever order."""
+
+    def write(name, *lists):
+        keys = ("opa", "opb", "opc", "opd")
+        rows = [
+            {"question": "All are true except", **dict(zip(keys, options, strict=True)), "cop": i % 4}
+            for i, options in enumerate(lists)
+        ]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+
+    a, b = ("iron", "zinc", "lead", "gold"), ("-1", "+1", "+2", "-2")
+    write("q.jsonl", a, b)
+    write("others.jsonl", ("iron", "zinc", "lead", "tin"), ("1", "2", "3", "4"))
+    write("same.jsonl", ("iron", "zinc", "lead", "tin"), ("Gold.", "iron", "lead", "zinc"))
+    ask = f"eval {{t}}/model {tmp_path}/q.jsonl --strategy=knn --k=2 --shots={tmp_path}"
+    assert run(folder, f"{ask}/others.jsonl") == 0
+    capsys.readouterr()
+    assert run(folder, f"{ask}/same.jsonl") == 1
+    assert f"same.jsonl:2: is to be answered too ({tmp_path}/q.jsonl:1)" in capsys.readouterr().err
+
+
 def test_stopped_in_the_middle_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
-    """Answers are written at the end, under another name first: a run that is killed leaves no file."""
+    """Answers are written at the end, under another name first; of replies (test_replies.py) there are none yet."""
 
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tokenmill.trainer.evaluate.strategies.generate", stop)
+    monkeypatch.setattr("tokenmill.trainer.evaluate.replies.stream", stop)
     assert run(folder, f"{EVALUATE} --strategy=chain-of-thought --output={tmp_path}/a.jsonl") == 130
     assert list(tmp_path.iterdir()) == []

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from tokenmill.data import chat
 from tokenmill.data.tokenizer import Tokenizer
 from tokenmill.trainer.evaluate import strategies
 from tokenmill.trainer.evaluate.answers import Answer
 from tokenmill.trainer.evaluate.neighbours import embeddings
+from tokenmill.trainer.evaluate.prompts import Shot, Style
 from tokenmill.trainer.evaluate.strategies import STRATEGIES, Asker, Strategy, evaluate, named
 from tokenmill.trainer.evaluate.tasks import Question
 from tokenmill.trainer.model import ModelConfig, MoEConfig, Transformer
@@ -315,6 +317,13 @@ def test_names_and_numbers():
             {"pool": [*POOL, Question("2: which is LIKE\na rose", OPTIONS, 0, "p:11")]},
             r"p:11: is to be answered too \(q:2\)",
         ),
+        (
+            QUESTIONS,
+            "knn",
+            {"pool": [*POOL, replace(QUESTIONS[2], options=("Ice!", *OPTIONS[:3]), answer=0, id="p:11")]},
+            r"p:11: is to be answered too \(q:2\)",
+        ),
+        (OPEN, "knn", {"pool": [*OPEN * 2, replace(OPEN[1], references=("snow",), id="o:3")]}, "is to be answered too"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together(asker, questions, strategy, options, said):
@@ -326,7 +335,59 @@ def test_samples_that_would_be_the_same(asker):
     with pytest.raises(ValueError, match="3 samples would be the same"):
         evaluate(asker, QUESTIONS, named("self-consistency", votes=3, temperature=0.0))
     with pytest.raises(ValueError, match="expected positive samples and k"):
-        evaluate(asker, QUESTIONS, Strategy(temperature=-1.0))
+        evaluate(asker, QUESTIONS, Strategy(k=0))
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"temperature is {temperature}: expected 0"):
+            strategies.check(QUESTIONS, Strategy(temperature=temperature, reason=True, samples=2))
+
+
+def test_a_template_of_one_turn_has_no_shots(asker, taught):
+    student = taught(lambda asked, listed, call, sample: chain(listed, "ice"))
+    for name in ("few-shot", "knn", "medprompt"):
+        with pytest.raises(ValueError, match="template 'alpaca' holds one question and no shots"):
+            evaluate(replace(asker, template="alpaca"), QUESTIONS, STRATEGIES[name], pool=POOL)
+    assert not student.calls, "said before the pool is answered"
+    assert len(evaluate(replace(asker, template="alpaca"), QUESTIONS)) == len(QUESTIONS)
+
+
+@pytest.mark.parametrize("name", ["few-shot", "knn", "medprompt"])
+def test_shots_without_room_leave_the_farthest_first(asker, taught, name):
+    questions = [*QUESTIONS[:2], replace(QUESTIONS[2], question=QUESTIONS[2].question * 6)]
+    key = {q.question: q.reply for q in (*POOL, *questions)}
+    taught(lambda asked, listed, call, sample: chain(listed, key[asked]))
+    whole = evaluate(asker, questions, STRATEGIES[name], by="generate", pool=POOL)
+    # Positions for three shots before the first question, the four tokens of an answer, and what may follow it.
+    after = 4 + (len(asker.tokenizer.encode(" The answer is", continues=True)) + 1 if name == "medprompt" else 0)
+    most = max(length(asker, vote.prompt[-7:]) for vote in votes_of(whole[0])) + after
+    small = replace(asker, model=Transformer(replace(asker.model.config, max_positions=most)))
+    small.model.load_state_dict(asker.model.state_dict())
+    answers = evaluate(small, questions, STRATEGIES[name], by="generate", pool=POOL)
+    assert answers[0].shots == 3
+    assert answers[2].shots < 3, "a long question leaves less room"
+    for answer, all_shots in zip(answers, whole, strict=True):
+        assert all_shots.shots == 5
+        assert 0 < answer.shots < 5
+        lengths = []
+        for vote, of_all in zip(votes_of(answer), votes_of(all_shots), strict=True):
+            assert vote.order == of_all.order
+            assert vote.prompt == of_all.prompt[-len(vote.prompt) :]
+            assert len(vote.prompt) == 2 * answer.shots + 1
+            assert length(asker, vote.prompt) + after <= most
+            lengths.append(length(asker, of_all.prompt[-len(vote.prompt) - 2 :]) + after)
+        assert max(lengths) > most, "there was no room for another one"
+
+
+def test_a_question_has_as_many_shots_in_each_order(asker):
+    small = replace(asker, model=Transformer(replace(asker.model.config, max_positions=150)))
+    one, two = (replace(QUESTIONS[0], question=f"{'long ' * n}?") for n in (1, 50))
+    shots, style = [Shot(question, "B") for question in POOL[:5]], Style("generate")
+    (_, many), (_, few), (asked, both) = (strategies._ask(small, of, shots, style) for of in ([one], [two], [one, two]))
+    assert many > few == both
+    assert [len(shown(prompt.text)) for prompt in asked] == [both, both]
+
+
+def length(asker, messages) -> int:
+    return len(chat.prompt(messages, asker.tokenizer, "auto"))
 
 
 @pytest.mark.parametrize("by", ["text", "letter", "generate"])
@@ -339,6 +400,8 @@ def test_a_prompt_that_is_too_long_is_named_before_the_model_runs(asker, by, mon
         evaluate(replace(asker, model=model), [*QUESTIONS[:2], long], by=by)
     with pytest.raises(ValueError, match="q:0: its prompt has .* tokens, which with an answer of 44 exceeds"):
         evaluate(replace(asker, model=model, max_new_tokens=40), QUESTIONS, STRATEGIES["chain-of-thought"])
+    with pytest.raises(ValueError, match="q:2: its prompt has .* take fewer new tokens, or leave the question out"):
+        evaluate(replace(asker, model=model), [*QUESTIONS[:2], long], STRATEGIES["medprompt"], pool=POOL)
     pool = [*POOL[:6], replace(long, id="p:6")]
     with pytest.raises(ValueError, match="p:6: its prompt has"):
         evaluate(replace(asker, model=model), QUESTIONS, STRATEGIES["medprompt"], pool=pool)

@@ -116,6 +116,30 @@ def test_prompts_in_files(tmp_path, tokenizer):
     assert texts == ["[INST] pain [/INST]", "[INST] Be brief.\n\npain [/INST]", "[INST] Name it.\n\npain [/INST]"]
 
 
+def test_plain_text_has_all_of_an_instruction(tokenizer):
+    row = {"instruction": "Name it.", "input": "pain", "output": "not looked at"}
+    assert tokenizer.decode(encode(Prompt("x", row), tokenizer, None)) == "Name it.\n\npain"
+    assert tokenizer.decode(encode(Prompt("x", {**row, "input": ""}), tokenizer, None)) == "Name it."
+    with pytest.raises(ValueError, match=r"x: message 0 \(user\) has an 'input' that is a int"):
+        encode(Prompt("x", {**row, "input": 7}), tokenizer, None)
+
+
+def test_a_file_without_prompts_is_refused_and_standard_input_not_read(tmp_path, monkeypatch, capsys):
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["generate", str(tmp_path), f"--file={tmp_path}/blank.jsonl"]) == 1
+    assert capsys.readouterr().err.endswith("blank.jsonl: holds no prompt; expected one JSON object a line\n")
+
+
+def test_what_cannot_be_drawn_is_said_before_work(tmp_path, capsys):
+    for temperature in ("nan", "inf", "-1"):
+        assert main(["generate", str(tmp_path / "no"), "--prompt=a", f"--temperature={temperature}"]) == 1
+        assert f"error: temperature is {float(temperature)}: expected 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["generate", str(tmp_path / "no"), "--prompt=a", "--seed=-1"])
+    assert "argument --seed: expected 0 to 2**63 - 1, got -1" in capsys.readouterr().err
+
+
 WRONG = {
     "no key": ({"question": "x"}, "rows.jsonl:2: no text under the key 'prompt' or 'instruction'"),
     "no text": ({"prompt": 7}, "rows.jsonl:2: no text under the key 'prompt'"),

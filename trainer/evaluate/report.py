@@ -58,6 +58,11 @@ def check_output(path: str | Path) -> None:
         raise ValueError(f"{path}: is there already; remove it or choose another name")
 
 
+def replies_path(output: str | Path) -> Path:
+    """Where the replies are kept that the answers in `output` are read from, until it is written."""
+    return Path(output).with_name(f".{Path(output).name}.replies")
+
+
 def read_runs(paths: Sequence[str | Path]) -> dict[str, list[Row]]:
     """The rows of files that `tokenmill eval` wrote, by their names without suffix (with folders, where two are alike).
     Raises DataError naming file, line and key."""
@@ -73,6 +78,8 @@ def _read(path: Path) -> list[Row]:
             if key not in row:
                 raise DataError(f"{where}: the key {key!r} is missing: expected a file that tokenmill eval wrote")
         found.append(row)
+    if not found:
+        raise DataError(f"{path}: holds no answer: expected a file that tokenmill eval wrote")
     return found
 
 

@@ -11,7 +11,7 @@
 
 The chains of thought of shots are the model's own: it answers the whole pool of shots, and the questions to which its
 chain does not come to the right answer leave the pool. "Nearest" is by cosine of the model's own embeddings
-(neighbours.py).
+(neighbours.py). Where the model has no positions for all shots, a prompt goes without the farthest.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from random import Random
 from typing import Literal
 
@@ -28,10 +29,11 @@ from tokenmill.data.tokenizer import Tokenizer
 from tokenmill.data.words import words
 from tokenmill.trainer.distributed import World
 from tokenmill.trainer.evaluate import prompts
-from tokenmill.trainer.evaluate.answers import Answer, Vote, is_right, majority, read
+from tokenmill.trainer.evaluate.answers import Answer, Vote, is_right, majority, normal, read
 from tokenmill.trainer.evaluate.likelihood import continuation_logprobs
 from tokenmill.trainer.evaluate.neighbours import embeddings, nearest
 from tokenmill.trainer.evaluate.prompts import By, Prompt, Shot, Style
+from tokenmill.trainer.evaluate.replies import Replies
 from tokenmill.trainer.evaluate.tasks import Question
 from tokenmill.trainer.model import Transformer
 from tokenmill.trainer.model.generate import Sampling, generate
@@ -46,7 +48,7 @@ class Strategy:
     reason: bool = False  # by chains of thought
     samples: int = 1  # votes on each prompt
     orders: int = 0  # prompts a question, each with the options in another order; 0: one, in the file's order
-    k: int = 5  # shots a prompt
+    k: int = 5  # shots a prompt, at most
     temperature: float = 0.0  # 0: greedy
 
 
@@ -88,6 +90,7 @@ class Asker:
     tokens_per_batch: int = 8192
     progress: bool = False
     world: World | None = None  # whose ranks ask a sharded model together: by likelihood alone
+    replies: Replies | None = None  # keep what is generated, for a run that goes on; None: only in memory
 
 
 def evaluate(
@@ -108,28 +111,28 @@ def evaluate(
     `pool` holds the questions that shots are taken from. What is random (shots, orders, samples) is a pure function of
     the seed and a question's place.
 
-    Raises ValueError as `check` does, where a prompt and its answer exceed the model's positions, or a log-probability
-    is NaN.
+    Raises ValueError as `check` does, where a prompt without shots and its answer exceed the model's positions, or a
+    log-probability is NaN.
     """
-    check(questions, strategy, by=by, pool=pool)
+    check(questions, strategy, by=by, pool=pool, template=asker.template)
     style = Style(by or usual(questions, strategy), strategy.reason, asker.template)
-    shots = choose_shots(asker, questions, pool, strategy, style)
-    tasks = [
-        (i, order, _reordered(question, order))
-        for i, question in enumerate(questions)
-        for order in _orders(question, strategy.orders, Random(f"{asker.seed} orders {i}"))
+    orders = [
+        _orders(question, strategy.orders, Random(f"{asker.seed} orders {i}")) for i, question in enumerate(questions)
     ]
-    reordered = [question for _, _, question in tasks]
-    asked = [prompts.ask(question, shots[i], asker.tokenizer, style) for i, _, question in tasks]
-    check_lengths(asker, reordered, asked, style)
+    listed = [[_reordered(question, order) for order in of] for question, of in zip(questions, orders, strict=True)]
+    tasks = list(chain.from_iterable(listed))
+    check_lengths(asker, tasks, [prompts.ask(question, [], asker.tokenizer, style) for question in tasks], style)
+    shots = choose_shots(asker, questions, pool, strategy, style)
+    fitted = [_ask(asker, of, found, style) for of, found in zip(listed, shots, strict=True)]
+    asked = [prompt for of, _ in fitted for prompt in of]
     if style.by == "generate":
-        votes = _generated(asker, reordered, asked, style, strategy)
+        votes = iter(_generated(asker, tasks, asked, style, strategy))
     else:
-        votes = _likeliest(asker, reordered, asked, style)
-    grouped: list[list[Vote]] = [[] for _ in questions]
-    for (i, order, _), found in zip(tasks, votes, strict=True):
-        grouped[i] += [_unmapped(vote, order) for vote in found]
-    return [_answer(*answered) for answered in zip(questions, grouped, map(len, shots), strict=True)]
+        votes = iter(_likeliest(asker, tasks, asked, style))
+    return [
+        _answer(question, [_unmapped(vote, order) for order in of for vote in next(votes)], count)
+        for question, of, (_, count) in zip(questions, orders, fitted, strict=True)
+    ]
 
 
 def usual(questions: Sequence[Question], strategy: Strategy) -> By:
@@ -173,6 +176,16 @@ def _chains(asker: Asker, pool: Sequence[Question], style: Style) -> list[list[V
     return _generated(asker, pool, asked, style, Strategy(reason=True))
 
 
+def _ask(asker: Asker, listed: Sequence[Question], shots: Sequence[Shot], style: Style) -> tuple[list[Prompt], int]:
+    """The prompts of a question, one for each order of its options, and how many shots each has: the nearest, as many
+    as all of them have room for."""
+    for count in range(len(shots), -1, -1):
+        asked = [prompts.ask(question, shots[len(shots) - count :], asker.tokenizer, style) for question in listed]
+        if all(_excess(asker, *one, style) <= 0 for one in zip(listed, asked, strict=True)):
+            return asked, count
+    raise AssertionError("checked before: without shots they have room")
+
+
 def _likeliest(asker: Asker, questions: Sequence[Question], asked: Sequence[Prompt], style: Style) -> list[list[Vote]]:
     """For each prompt, one vote for the likeliest option."""
     found = continuation_logprobs(
@@ -200,7 +213,8 @@ def _generated(
     (Kojima et al. 2022).
     """
     tokenizer = asker.tokenizer
-    replies = generate(
+    write = asker.replies.generate if asker.replies else generate
+    replies = write(
         asker.model,
         [prompt.ids for prompt in asked],
         max_new_tokens=_longest(asker, questions, style),
@@ -231,21 +245,27 @@ def _generated(
 
 
 def check_lengths(asker: Asker, questions: Sequence[Question], asked: Sequence[Prompt], style: Style) -> None:
-    """Raises ValueError naming the question whose prompt and answer exceed the model's positions."""
+    """Raises ValueError naming the question whose prompt, without shots, and answer exceed the model's positions."""
     most = asker.model.config.max_positions
     for question, prompt in zip(questions, asked, strict=True):
-        if style.by == "generate":
-            # What may follow a chain of thought without an answer: its end, and a letter.
-            letters = prompts.answers(question, asker.tokenizer, LETTERS) if style.reason else []
-            after = len(_conclusion(asker)) + max(map(len, letters)) if letters else 0
-            answer = _longest(asker, questions, style) + after
-        else:
-            answer = max(map(len, prompts.answers(question, asker.tokenizer, style)))
-        if len(prompt.ids) + answer > most:
+        if (excess := _excess(asker, question, prompt, style)) > 0:
+            answer = most + excess - len(prompt.ids)
             raise ValueError(
                 f"{question.id}: its prompt has {len(prompt.ids)} tokens, which with an answer of {answer} exceeds the "
-                f"model's {most} positions: take fewer shots (k) or new tokens, or leave the question out"
+                f"model's {most} positions: take fewer new tokens, or leave the question out"
             )
+
+
+def _excess(asker: Asker, question: Question, prompt: Prompt, style: Style) -> int:
+    """By how many tokens a prompt and its longest answer exceed the model's positions."""
+    if style.by == "generate":
+        # What may follow a chain of thought without an answer: its end, and a letter.
+        letters = prompts.answers(question, asker.tokenizer, LETTERS) if style.reason else []
+        after = len(_conclusion(asker)) + max(map(len, letters)) if letters else 0
+        answer = _longest(asker, [question], style) + after
+    else:
+        answer = max(map(len, prompts.answers(question, asker.tokenizer, style)))
+    return len(prompt.ids) + answer - asker.model.config.max_positions
 
 
 def _conclusion(asker: Asker) -> list[int]:
@@ -295,10 +315,15 @@ def _answer(question: Question, votes: list[Vote], shots: int) -> Answer:
 
 
 def check(
-    questions: Sequence[Question], strategy: Strategy, *, by: By | None = None, pool: Sequence[Question] = ()
+    questions: Sequence[Question],
+    strategy: Strategy,
+    *,
+    by: By | None = None,
+    pool: Sequence[Question] = (),
+    template: str = "auto",
 ) -> None:
-    """Raises ValueError where strategy, `by`, pool and questions do not go together, or a pool's question is to be
-    answered too. It needs no model: for before one is loaded.
+    """Raises ValueError where strategy, `by`, pool, template and questions do not go together, or a pool's question is
+    to be answered too, with the same options. It needs no model: for before one is loaded.
     """
     if not questions:
         raise ValueError("no questions to answer: give at least one")
@@ -316,13 +341,23 @@ def check(
         raise ValueError(f"{first.id}: no options in the prompt to shuffle: choose a strategy without, or by letter")
     if strategy.samples > 1 and (strategy.temperature == 0 or by != "generate"):
         raise ValueError(f"{strategy.samples} samples would be the same: give a temperature, and generate the answers")
-    if strategy.samples < 1 or strategy.k < 1 or strategy.orders < 0 or strategy.temperature < 0:
-        raise ValueError(f"{strategy}: expected positive samples and k, and no negative orders or temperature")
+    if strategy.samples < 1 or strategy.k < 1 or strategy.orders < 0:
+        raise ValueError(f"{strategy}: expected positive samples and k, and no negative orders")
+    if not 0 <= strategy.temperature < math.inf:
+        raise ValueError(f"temperature is {strategy.temperature}: expected 0 (the most likely token) or more")
     if strategy.shots == "none" and pool:
         raise ValueError("the strategy takes no shots: leave them out, or choose few-shot, knn or medprompt")
     if strategy.shots != "none" and len(pool) < strategy.k:
         raise ValueError(f"{len(pool)} questions to take {strategy.k} shots from: give more (--shots), or a smaller k")
-    asked = {tuple(words(question.question)): question for question in questions}
+    if strategy.shots != "none" and template == "alpaca":
+        raise ValueError("template 'alpaca' holds one question and no shots: choose another, or a strategy without")
+    asked = {_identity(question): question for question in questions}
     for shot in pool:
-        if same := asked.get(tuple(words(shot.question))):
+        if same := asked.get(_identity(shot)):
             raise ValueError(f"{shot.id}: is to be answered too ({same.id}): take shots from another split of the data")
+
+
+def _identity(question: Question) -> object:
+    """What two questions have in common that are the same: in exams, many have one stem ("All are true except") and
+    other options."""
+    return tuple(words(question.question)), frozenset(map(normal, question.options))
