@@ -136,7 +136,7 @@ def _models(place: Place, config: ModelConfig) -> tuple[Transformer, Any]:
 
     with tempfile.TemporaryDirectory() as name, quiet():
         save_hf(model, Path(name) / "hf")
-        twin = transformers.AutoModelForCausalLM.from_pretrained(Path(name) / "hf", dtype=dtype)
+        twin: Any = transformers.AutoModelForCausalLM.from_pretrained(Path(name) / "hf", dtype=dtype)
     twin.generation_config.eos_token_id = None  # as ours, which is given no id to stop at
     return model, twin.to(place.device).eval()
 
