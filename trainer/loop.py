@@ -159,7 +159,7 @@ class Trainer:
         every = self.recipe.train
         handlers = {s: signal.signal(s, self._stop) for s in STOPPING}
         try:
-            if self.state.step and not self.world.first(self.log.validated):  # stopped between the two
+            if self.state.step and not self.world.first(int(self.log.validated)):  # stopped between the two
                 self.measure()
             while self.state.step < self.steps and not self.stopping:
                 self.log.step(self.step())

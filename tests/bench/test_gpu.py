@@ -119,9 +119,12 @@ def test_a_check_that_does_not_hold_shows_in_the_exit_status(tmp_path):
 
 
 def test_every_part_exists():
-    from tokenmill.bench import training
+    from tokenmill.bench import generation, training
 
-    modules = {module.__name__.split(".")[-1]: module for module in (checks, checks_experts, head, moe, ops, training)}
+    modules = {
+        module.__name__.split(".")[-1]: module
+        for module in (checks, checks_experts, generation, head, moe, ops, training)
+    }
     for part in [*PARTS, *gpu.MORE, *gpu.EXPERTS]:
         module, name = part.function.removeprefix("tokenmill.bench.").split(":")
         assert callable(getattr(modules[module], name))
