@@ -114,8 +114,8 @@ def material(folder: Path, pipeline_file: Path, seed: int, size: int) -> Path:
         texts = read_texts([text / f"{name}.jsonl" for name in ("general", "clinical", "tuning")])
         without_marks = folder / ".tokenizer.model"
         model = train_tokenizer(texts, vocabulary, without_marks).with_control_pieces(MARKS)
-        without_marks.write_bytes(model)
-        without_marks.replace(tokenizer)
+        replace_file(tokenizer, model)
+        without_marks.unlink()
     for name in STREAMS:
         if not (folder / "streams" / name).is_dir():
             prepare([text / f"{name}.jsonl"], tokenizer, folder / "streams" / name)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from torch.utils import deterministic
 
 from tokenmill.data.files import locked
+from tokenmill.data.prepare import prepare
 from tokenmill.data.stream import TokenStream
 from tokenmill.trainer import loop, shards
 from tokenmill.trainer.checkpoint import latest_checkpoint, load_model
@@ -256,7 +258,6 @@ def test_streams_must_fit_the_model(make_recipe, streams, tmp_path):
     small = replace(recipe, model=replace(recipe.model, new=replace(recipe.model.new, vocab_size=300)))
     with pytest.raises(ValueError, match="notes: its tokenizer has 320 pieces, the model's vocabulary only 300"):
         Trainer(small)
-    from tokenmill.data.prepare import prepare
     from tokenmill.data.tokenizer import train_tokenizer
 
     other = train_tokenizer(["a completely different text about other things"] * 50, 280, tmp_path / "other.model")
@@ -322,6 +323,21 @@ def test_other_data_under_a_checkpoint_is_refused(make_recipe):
         Trainer(make_recipe("--data.sequence_length=32", "--train.steps=20"))
 
 
+def test_the_stream_that_is_another_under_a_checkpoint_is_named(make_recipe, streams, tmp_path):
+    """Prepared anew under the same path."""
+    shutil.copytree(streams / "notes", tmp_path / "notes")
+    source = f'--data.sources=[{{stream="{tmp_path / "notes"}"}}, {{stream="{streams / "talks"}"}}]'
+    Trainer(make_recipe(source)).train()
+    before = TokenStream.open(tmp_path / "notes")
+    shutil.rmtree(tmp_path / "notes")
+    rows = "".join((streams / "notes.jsonl").read_text().splitlines(keepends=True)[:-1])
+    (tmp_path / "notes.jsonl").write_text(rows)
+    after = prepare([tmp_path / "notes.jsonl"], streams / "tokenizer.model", tmp_path / "notes", progress=False)
+    unlike = rf"; {tmp_path / 'notes'} was {before.fingerprint[:12]} and is {after.fingerprint[:12]}$"
+    with pytest.raises(ValueError, match=unlike):
+        Trainer(make_recipe(source, "--train.steps=20"))
+
+
 def test_the_resolved_recipe_is_saved(make_recipe):
     recipe = make_recipe("--optimizer.eps=1e-6")
     Trainer(recipe).train()
@@ -339,8 +355,6 @@ def test_another_shape_under_a_checkpoint_is_refused(make_recipe):
 
 
 def test_a_flipped_bit_is_not_trained_on(make_recipe, streams, tmp_path):
-    import shutil
-
     shutil.copytree(streams / "notes", tmp_path / "notes")
     file = tmp_path / "notes" / "00000.tokens"
     raw = bytearray(file.read_bytes())
@@ -352,7 +366,6 @@ def test_a_flipped_bit_is_not_trained_on(make_recipe, streams, tmp_path):
 
 
 def test_validation_is_by_source(make_recipe, streams, tmp_path):
-    from tokenmill.data.prepare import prepare
 
     files = [streams / "notes.jsonl", streams / "talks.jsonl"]
     prepare(files, streams / "tokenizer.model", tmp_path / "both", progress=False)
